@@ -1,0 +1,1022 @@
+"""ASPO and GRPO for language models, in one file that reads from top to bottom.
+
+    python aspo.py                                  # tiny built-in model, arithmetic, CPU, offline, < 3 minutes
+    python aspo.py --loss grpo                      # the same run with GRPO
+    python aspo.py --model qwen-0.5b                # Qwen2.5-0.5B-Instruct on GSM8K, one GPU
+    python aspo.py --model DIR --data FILE.jsonl    # a local model; a line is {"problem": ..., "answer": ...}
+    python aspo.py --help                           # every knob
+
+One step: sample a group of responses per prompt, score them, compare each with its group, and raise or
+lower the log-probability of its tokens. Every method here has the gradient
+
+    - A * w(r, sign A) * grad log pi(token)         r = pi(token) / pi_old(token), the importance ratio
+
+so a method *is* its weight w: find `WEIGHTS` below, which shows GRPO and ASPO next to each other. GRPO weighs
+tokens of good responses by r, so tokens that already rose are pushed hardest; ASPO weighs them by 1/r.
+
+Sources: the paper, arXiv 2510.06062, and its authors' code, github.com/wizard-III/Archer2.0 at b08d963.
+Where we depart from them:
+ 1. Small models and short answers: other sizes, learning rates and lengths (`PRESETS`).
+ 2. No KL term by default (theirs 0.001), so no reference model in memory: `--kl_coef 0.001` restores it.
+ 3. The entropy-dependent clip range of their recipe is off by default: `--entropy_clip` turns it on.
+ 4. The soft overlong penalty (theirs: up to 1 over the last 16 tokens) is off: `--overlong_buffer 16`.
+ 5. The loss averages over all tokens of the mini-batch. Theirs says so too, but with micro-batches of one
+    sequence it is a mean of sequence means: `--loss_agg sequence`.
+ 6. Groups with equal rewards stay in the batch with advantage 0; theirs are dropped: `--drop_uniform_groups`.
+ 7. No entropy bonus (theirs has coefficient 0).
+"""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import random
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers.utils.logging
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, set_seed)
+
+from reward import extract_answer, math_reward
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+class UserError(Exception):
+    """Bad input. `main` prints the message as one line and exits with status 2."""
+
+
+def knob(default, help: str, **argparse_options):
+    return field(default=default, metadata={"help": help, **argparse_options})
+
+
+LOSSES = ("aspo", "grpo", "no-is", "dapo", "cispo", "gspo", "dr-grpo")
+# What a method changes besides its weight. Anything given on the command line wins.
+METHOD_DEFAULTS = {
+    "dapo": dict(eps_high=0.28),
+    "gspo": dict(eps_low=3e-4, eps_high=4e-4, loss_agg="sequence"),
+    "dr-grpo": dict(divide_by_std=False, loss_agg="constant"),
+}
+
+
+@dataclass
+class Config:
+    """Every knob. `--help` and the README's table are made from this class."""
+
+    # what
+    model: str = knob("tiny", "tiny, an alias (see PRESETS), a hub id or a local folder")
+    data: str | None = knob(None, "arithmetic, gsm8k, svamp, math, a hub id or a .jsonl file; by default what suits the model")
+    loss: str = knob("aspo", "the weight function", choices=LOSSES)
+    out: str | None = knob(None, "run folder, must be new [runs/<model>-<loss>-s<seed>]")
+    seed: int = knob(0, "fixes data order, initial weights and samples")
+    device: str = knob("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps")
+    # rollout
+    steps: int = knob(200, "rollouts to train on")
+    prompts: int = knob(32, "prompts per rollout")
+    group_size: int = knob(8, "samples per prompt; the group is the baseline, so at least 2")
+    max_new_tokens: int = knob(512, "response limit; what is cut off scores 0, so watch the truncated share")
+    temperature: float = knob(1.0, "of sampling and of every log-probability in the loss")
+    sample_rows: int = knob(256, "responses decoded at once; lower it when sampling runs out of memory")
+    instruction: str | None = knob(None, "appended to every problem [ask for \\boxed{} unless the data is arithmetic]")
+    thinking: bool = knob(False, "let templates that can switch it (Qwen3) open a thinking block")
+    # reward and advantage
+    divide_by_std: bool | None = knob(None, "divide advantages by the group's std [yes; dr-grpo: no]")
+    drop_uniform_groups: bool = knob(False, "leave groups with equal rewards out of the normaliser as well")
+    max_refills: int = knob(0, "dynamic sampling (DAPO): rounds that replace uniform groups by new prompts")
+    overlong_buffer: int = knob(0, "soft penalty, 0 to -1, over this many last allowed tokens; 0 is off")
+    mask_truncated: bool = knob(False, "do not train on responses that were cut off")
+    # weight
+    eps_low: float | None = knob(None, "tokens of bad responses with r < 1 - eps_low get no gradient [0.2; gspo 3e-4]")
+    eps_high: float | None = knob(None, "tokens of good responses with r > 1 + eps_high get none [0.2; dapo 0.28; gspo 4e-4]")
+    dual_clip: float = knob(3.0, "aspo caps the weight here; grpo drops A < 0 tokens with a larger ratio")
+    entropy_clip: bool = knob(False, "authors' recipe: eps 0.4 for a response's 20 %% most uncertain tokens, 0.2 elsewhere")
+    loss_agg: str | None = knob(None, "mean over tokens, mean of sequence means, or sum / (sequences x max_new_tokens) "
+                                      "[token; gspo: sequence; dr-grpo: constant]", choices=("token", "sequence", "constant"))
+    kl_coef: float = knob(0.0, "weight of the k3 KL to the initial model; 0 keeps that model out of memory")
+    # update
+    minibatch: int = knob(8, "prompts per optimiser step; prompts / minibatch * epochs steps use one rollout")
+    epochs: int = knob(2, "passes over a rollout; with a single update per rollout all ratios are 1")
+    lr: float = knob(1e-6, "AdamW learning rate")
+    weight_decay: float = knob(0.1, "AdamW weight decay")
+    lr_warmup: int = knob(10, "optimiser steps of linear warm-up, then constant")
+    grad_clip: float = knob(1.0, "gradient norm limit")
+    micro_tokens: int = knob(8192, "tokens per forward and backward, padding included; changes memory, not the gradient")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about 30 %% slower")
+    # supervised warm-up of the tiny model
+    sft_steps: int = knob(400, "warm-up steps on sloppy demonstrations (tiny only)")
+    # reports
+    eval_every: int = knob(20, "steps between held-out evaluations; 0: only before and after")
+    eval_problems: int = knob(128, "held-out problems")
+    eval_samples: int = knob(2, "samples per held-out problem, at the training temperature")
+    save_every: int = knob(50, "steps between checkpoints; 0: only at the end")
+    log_samples_every: int = knob(10, "steps between whole rollouts written to samples.jsonl")
+
+    def __post_init__(self):
+        chosen = dict(eps_low=0.2, eps_high=0.2, divide_by_std=True, loss_agg="token") | METHOD_DEFAULTS.get(self.loss, {})
+        for name, value in chosen.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+# alias -> hub id and the defaults that suit it. The real ones are sized for one GPU of 16-24 GB up to 0.6B parameters
+# (fp32 weights, gradients and two Adam moments are 16 bytes a parameter) and of 40 GB from 1.5B.
+_SMALL = dict(gradient_checkpointing=True)
+_LONG = dict(gradient_checkpointing=True, max_new_tokens=1024, sample_rows=128)
+PRESETS = {
+    "tiny": ("tiny", dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40, lr=3e-4, eval_every=11)),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
+    "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", _SMALL),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", _SMALL),
+    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", _SMALL),
+    "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B", _LONG),
+    "r1-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", _LONG | dict(max_new_tokens=4096, sample_rows=64)),
+}
+
+
+def check(cfg: Config) -> None:
+    """Raise UserError for values that cannot work, before anything is loaded."""
+    for name in ("steps", "prompts", "minibatch", "epochs", "max_new_tokens", "sample_rows", "micro_tokens", "eval_problems",
+                 "eval_samples", "log_samples_every", "temperature", "lr", "grad_clip", "dual_clip"):
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
+    for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "weight_decay", "lr_warmup",
+                 "sft_steps", "eval_every", "save_every"):
+        if not getattr(cfg, name) >= 0:
+            raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
+    if cfg.loss not in WEIGHTS:
+        raise UserError(f"unknown loss {cfg.loss!r}; choose one of {', '.join(WEIGHTS)}")
+    if cfg.group_size < 2:
+        raise UserError(f"--group_size must be at least 2 (a response is compared with its group), got {cfg.group_size}")
+    if cfg.prompts % cfg.minibatch:
+        raise UserError(f"--minibatch {cfg.minibatch} must divide --prompts {cfg.prompts}")
+    if cfg.overlong_buffer >= cfg.max_new_tokens:
+        raise UserError(f"--overlong_buffer {cfg.overlong_buffer} must be smaller than --max_new_tokens {cfg.max_new_tokens}")
+
+
+# -------------------------------------------------------------------------------------------------------- problems
+
+DIGITS_AND_SIGNS = "0123456789+=\n# "
+
+
+def all_arithmetic_problems() -> list[dict]:
+    """The 625 sums of four numbers from 1 to 5, {"problem": "3+1+5+2", "answer": "11"}."""
+    return [{"problem": "+".join(map(str, terms)), "answer": str(sum(terms))}
+            for terms in itertools.product(range(1, 6), repeat=4)]
+
+
+def sloppy_demonstration(problem: str, rng: random.Random, slip: float = 0.35) -> str:
+    """Work out a sum by merging a random neighbouring pair at a time, one or two too high in a share `slip` of them.
+
+    "3+1+5+2" -> "3+6+2=9+2=11\n#### 11". Nothing is shown of answering at once, and a model of this size cannot,
+    so working in steps is the only way to the reward; the free order of merging leaves several right ways.
+    """
+    terms, states = [int(term) for term in problem.split("+")], []
+    while len(terms) > 1:
+        i = rng.randrange(len(terms) - 1)
+        error = rng.choice((1, 2)) if rng.random() < slip else 0
+        terms[i:i + 2] = [terms[i] + terms[i + 1] + error]
+        states.append("+".join(map(str, terms)))
+    return "=".join(states) + f"\n#### {terms[0]}"
+
+
+
+def _box(solution: str) -> str:
+    return extract_answer(solution) or ""
+
+
+# name -> hub id, config, row -> (problem, answer). All have the splits train and test.
+HUB_DATA = {
+    "gsm8k": ("openai/gsm8k", "main", lambda row: (row["question"], row["answer"].split("####")[-1])),
+    "svamp": ("ChilleD/SVAMP", None, lambda row: (f"{row['Body']} {row['Question']}", row["Answer"])),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None, lambda row: (row["problem"], _box(row["solution"]))),
+}
+
+
+def _any_columns(row: dict) -> tuple[str, str]:
+    """Problem and answer of a row from an unknown hub set, by the usual column names."""
+    problem = next(row[name] for name in ("problem", "question", "prompt") if name in row)
+    if answer := next((row[name] for name in ("answer", "final_answer") if row.get(name)), None):
+        return problem, answer[0] if isinstance(answer, list) else str(answer).split("####")[-1]
+    return problem, _box(row["solution"])
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows {"problem": str, "answer": str} of a JSON Lines file; raises UserError naming the first bad line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --data {path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problem, answer = row["problem"], row["answer"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}, line {number}: expected {{"problem": "...", "answer": "..."}}, got {line[:80]}') from None
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            answer = str(answer)
+        if not (isinstance(problem, str) and problem.strip() and isinstance(answer, str) and answer.strip()):
+            raise UserError(f"{path}, line {number}: problem and answer must be non-empty text, got {line[:80]}")
+        rows.append({"problem": problem, "answer": answer.strip()})
+    if not rows:
+        raise UserError(f"{path} holds no problems; expected lines like {{\"problem\": \"2+2\", \"answer\": \"4\"}}")
+    return rows
+
+
+def load_problems(cfg: Config) -> tuple[list[dict], list[dict]]:
+    """Training and held-out problems, disjoint. The held-out ones do not depend on the seed, so that runs compare."""
+    if cfg.data == "arithmetic":
+        train, heldout = all_arithmetic_problems(), []
+    elif Path(cfg.data).suffix in (".jsonl", ".json") or Path(cfg.data).exists():
+        train, heldout = read_jsonl(Path(cfg.data)), []
+    else:
+        train, heldout = load_hub_problems(cfg.data)
+    random.Random(0).shuffle(heldout or train)
+    if not heldout:  # cut them off the training problems
+        heldout = train[:max(1, min(cfg.eval_problems, len(train) // 5))]
+    heldout = heldout[:cfg.eval_problems]
+    seen = {row["problem"] for row in heldout}
+    train = [row for row in train if row["problem"] not in seen]
+    if not train:
+        raise UserError(f"--data {cfg.data} leaves nothing to train on besides {len(heldout)} held-out problems; add problems")
+    return train, heldout
+
+
+def load_hub_problems(name: str) -> tuple[list[dict], list[dict]]:
+    from datasets import load_dataset  # a second of import time that offline runs need not pay
+
+    hub_id, config, read = HUB_DATA.get(name, (name, None, _any_columns))
+    try:
+        splits = load_dataset(hub_id, config)
+        parts = []
+        for split in ("train", "test"):
+            pairs = (read(row) for row in (splits[split] if split in splits else ()))
+            parts.append([{"problem": problem.strip(), "answer": str(answer).strip()} for problem, answer in pairs])
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load --data {name} ({hub_id} on the hub): {reason}. Known names: arithmetic, "
+                        f"{', '.join(HUB_DATA)}; or give a .jsonl file") from None
+    train, heldout = ([row for row in part if row["problem"] and row["answer"]] for part in parts)
+    if not train:
+        raise UserError(f"--data {name} has no training problems with an answer")
+    return train, heldout
+
+
+class ProblemStream:
+    """Endless problems, every pass in a new order that depends on the seed and the pass alone."""
+
+    def __init__(self, problems: list[dict], seed: int):
+        self.problems, self.seed, self.position = problems, seed, 0
+
+    def take(self, n: int) -> list[dict]:
+        """The next n problems."""
+        taken = []
+        for _ in range(n):
+            epoch, i = divmod(self.position, len(self.problems))
+            if i == 0 or not hasattr(self, "order"):
+                self.order = random.Random(f"{self.seed}-{epoch}").sample(range(len(self.problems)), len(self.problems))
+            taken.append(self.problems[self.order[i]])
+            self.position += 1
+        return taken
+
+
+# ----------------------------------------------------------------------------------------------- model and prompts
+
+
+def tiny_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """An untrained Qwen2 of 0.3 M parameters with one token per character, so that a CPU can train it in a minute."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # Byte-level BPE without merges is one token per character. It must be byte-level: for any Qwen2 model AutoTokenizer
+    # loads Qwen2Tokenizer, which reads the vocabulary that way whatever class was saved.
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = [byte_level.pre_tokenize_str(character)[0][0] for character in DIGITS_AND_SIGNS]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
+    characters = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    characters.pre_tokenizer, characters.decoder = byte_level, decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}"
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.04,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    return model, tokenizer
+
+
+def load_model(cfg: Config):
+    """(model in fp32 on the CPU, tokenizer) for a preset, a hub id or a local folder; raises UserError."""
+    if cfg.model == "tiny":
+        return tiny_model()
+    name = PRESETS.get(cfg.model, (cfg.model, {}))[0]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # missing, no network, not a model, unreadable: each its own type
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load --model {cfg.model}: {reason} Type tiny, {', '.join(list(PRESETS)[1:])}, "
+                        "a hub id or a folder with config.json and weights") from None
+    for module in model.modules():  # dropout would make the ratio differ from 1 before the first update
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    # token_logp applies the output layer itself, to response tokens only
+    probe = torch.arange(8)[None]
+    with torch.no_grad():
+        if not torch.allclose(model(probe).logits, logits_of(model, model.base_model(probe).last_hidden_state), atol=1e-4):
+            raise UserError(f"--model {cfg.model}: {type(model).__name__} changes its logits after the output layer; "
+                            "choose a Qwen, Llama, Mistral or similar model")
+    return model, tokenizer
+
+
+def pad_token(tokenizer) -> int:
+    """Any id will do where there is none: masks are made from lengths, never by looking for padding."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def stop_tokens(model, tokenizer) -> list[int]:
+    """Every id that ends a response: chat models often have two, one of them only in generation_config."""
+    ids = model.generation_config.eos_token_id
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+def encode(tokenizer, problem: str, cfg: Config) -> list[int]:
+    """Prompt token ids of one problem, through the tokenizer's chat template where it has one."""
+    text = f"{problem}\n{cfg.instruction}" if cfg.instruction else problem
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+                                             enable_thinking=cfg.thinking)
+        return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them already
+    return tokenizer(f"Question: {text}\nAnswer:").input_ids
+
+
+def check_prompts(problems: list[dict], model, tokenizer, cfg: Config) -> None:
+    """Raise UserError if a prompt and its response do not fit the context, or the vocabulary lacks its characters."""
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for row in problems:
+        ids = encode(tokenizer, row["problem"], cfg)
+        if len(ids) + cfg.max_new_tokens > context:
+            raise UserError(f"a prompt of {len(ids)} tokens + --max_new_tokens {cfg.max_new_tokens} exceeds the model's context "
+                            f"of {context}: shorten it or lower --max_new_tokens; it begins {row['problem'][:60]!r}")
+        if cfg.model == "tiny" and tokenizer.unk_token_id in ids:
+            raise UserError(f"the tiny model reads only the characters {DIGITS_AND_SIGNS!r}; choose another --model for "
+                            f"{row['problem'][:60]!r}")
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+CHECK_EVERY = 8  # decode steps between looks at which rows have stopped; a look makes a GPU wait for the host
+
+
+def prefill(model, prompts: list[list[int]], group_size: int, pad_id: int):
+    """Read each prompt once and repeat its key/value cache for the group.
+
+    Returns next-token logits (Q*G, V), the cache, and the attention mask (Q*G, P), left-padded.
+    """
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)  # (Q, P)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a prompt's positions
+    out = model(tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    out.past_key_values.batch_repeat_interleave(group_size)
+    return out.logits[:, -1].repeat_interleave(group_size, 0), out.past_key_values, mask.repeat_interleave(group_size, 0)
+
+
+def decode_step(model, token: Tensor, cache, mask: Tensor):
+    """Feed token (N,) and return the logits (N, V) after it and the mask one column longer."""
+    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    out = model(token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache,
+                use_cache=True)
+    return out.logits[:, -1], mask
+
+
+def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draw a token (N,) from logits (N, V) and give the entropy (N,) in nats; temperature 0 takes the most likely one."""
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    probs = logp.exp()
+    entropy = -(probs * logp.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
+    if temperature == 0:
+        return logits.argmax(-1), entropy
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
+        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
+    return torch.multinomial(probs, 1)[:, 0], entropy
+
+
+@torch.no_grad()
+def sample(model, prompts: list[list[int]], group_size: int, *, stop_ids: list[int], pad_id: int, max_new_tokens: int,
+           temperature: float = 1.0, top_p: float = 1.0, bar=None) -> tuple[list[list[int]], list[float]]:
+    """Sample group_size responses to every prompt.
+
+    Returns Q*G token lists, a group's side by side, each up to and including its first stop token (absent if cut off),
+    and for each the policy's mean entropy over its tokens, in nats at the given temperature.
+    """
+    logits, cache, mask = prefill(model, prompts, group_size, pad_id)
+    n, device = len(logits), logits.device
+    tokens = torch.full((n, max_new_tokens), pad_id, device=device)
+    entropy = torch.zeros(n, device=device)
+    length = torch.full((n,), max_new_tokens, device=device)
+    stops = torch.tensor(stop_ids, device=device)
+    row = torch.arange(n, device=device)  # the response that each live row of the cache writes
+    for t in range(max_new_tokens):
+        token, h = pick(logits, temperature, top_p)
+        writing = length[row] > t  # a row that has stopped is computed on until the next look, and ignored
+        tokens[row, t] = token
+        entropy[row] += h * writing
+        length[row] = torch.where(writing & torch.isin(token, stops), t + 1, length[row])
+        last = t + 1 == max_new_tokens
+        if last or (t + 1) % CHECK_EVERY == 0:
+            live = (length[row] > t + 1).nonzero()[:, 0]
+            if bar is not None:
+                bar.update(len(row) - (0 if last else len(live)))
+            if last or not len(live):
+                break
+            if len(live) < len(row):  # rows that have stopped leave the batch
+                cache.batch_select_indices(live)
+                token, mask, row = token[live], mask[live], row[live]
+        logits, mask = decode_step(model, token, cache, mask)
+    responses = [ids[:k] for ids, k in zip(tokens.tolist(), length.tolist())]
+    return responses, (entropy / length).tolist()
+
+
+# ---------------------------------------------------------------------------------------------- rollout and rewards
+
+
+@dataclass
+class Sample:
+    """One response to one prompt. A rollout is a list of them, each group's side by side."""
+
+    problem: str
+    gold: str
+    prompt: list[int]  # token ids
+    response: list[int]  # token ids up to and including the stop token
+    text: str  # the response decoded
+    correct: float  # 1.0 right, 0.0 wrong
+    truncated: bool  # no stop token within max_new_tokens
+    entropy: float  # mean over the response's tokens, nats
+    reward: float = 0.0  # correct minus the overlong penalty
+    advantage: float = 0.0
+    old_logp: Tensor | None = None  # (response tokens,) under the policy before the rollout's first update
+
+
+def overlong_penalty(length: int, cfg: Config) -> float:
+    """0 up to max_new_tokens - overlong_buffer tokens, then falling linearly to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
+    over = length - (cfg.max_new_tokens - cfg.overlong_buffer)
+    return -over / cfg.overlong_buffer if cfg.overlong_buffer and over > 0 else 0.0
+
+
+def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None) -> list[Sample]:
+    """Sample and score group_size responses to every problem, `sample_rows` of them at a time."""
+    stop_ids = stop_tokens(model, tokenizer)
+    samples = []
+    for i in range(0, len(problems), chunk := max(1, cfg.sample_rows // group_size)):
+        some = problems[i:i + chunk]
+        prompts = [encode(tokenizer, row["problem"], cfg) for row in some]
+        responses, entropies = sample(model, prompts, group_size, stop_ids=stop_ids, pad_id=pad_token(tokenizer),
+                                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, bar=bar)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for k, (response, text, entropy) in enumerate(zip(responses, texts, entropies)):
+            row, correct = some[k // group_size], math_reward(text, some[k // group_size]["answer"])
+            samples.append(Sample(row["problem"], row["answer"], prompts[k // group_size], response, text, correct,
+                                  response[-1] not in stop_ids, entropy, correct + overlong_penalty(len(response), cfg)))
+    return samples
+
+
+def is_uniform(group: list[Sample]) -> bool:
+    return len({s.reward for s in group}) == 1
+
+
+def groups_of(samples: list[Sample], size: int) -> list[list[Sample]]:
+    return [samples[i:i + size] for i in range(0, len(samples), size)]
+
+
+def collect(model, tokenizer, stream: ProblemStream, cfg: Config, bar=None) -> list[Sample]:
+    """One rollout of `prompts` groups; dynamic sampling replaces uniform groups up to `max_refills` times."""
+    groups = []
+    for _ in range(1 + cfg.max_refills):
+        groups = [group for group in groups if not is_uniform(group)]
+        fresh = roll_out(model, tokenizer, stream.take(cfg.prompts - len(groups)), cfg.group_size, cfg, bar)
+        groups += groups_of(fresh, cfg.group_size)
+        if not any(map(is_uniform, groups)):
+            break
+    return sum(groups, [])
+
+
+# ------------------------------------------------------------------------------------------------------ advantages
+
+
+def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
+    """(R - mean) / (unbiased std + 1e-6) within each group; exactly 0 where all rewards of a group are equal.
+
+    rewards (Q, G) float, G >= 2 -> (Q, G). Without the division: Dr. GRPO, arXiv 2503.20783. Raises ValueError for G < 2.
+    """
+    if rewards.shape[-1] < 2:
+        raise ValueError(f"a group needs at least 2 responses, got rewards of shape {tuple(rewards.shape)}")
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-6)
+    # the float mean of equal rewards need not equal them, and the std would blow the rounding error up
+    return advantages.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+# f(log_ratio (B, T), advantages (B, 1) or (B, T), mask (B, T), cfg) -> w (B, T), the weight in -A * w * grad log pi.
+# cfg.eps_low and cfg.eps_high are numbers, or (B, T) tensors under --entropy_clip.
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """r = exp(log pi - log pi_old), kept within float range."""
+    return log_ratio.clamp(-20, 20).exp()
+
+
+def unclipped(r: Tensor, advantages: Tensor, cfg: Config) -> Tensor:
+    """True where PPO lets a gradient through: a token that already moved far enough in the wanted direction gets none."""
+    return torch.where(advantages >= 0, r <= 1 + cfg.eps_high, r >= 1 - cfg.eps_low)
+
+
+def grpo(log_ratio, advantages, mask, cfg):
+    """PPO's clipped ratio; the hard dual clip drops tokens of bad responses with r > dual_clip."""
+    r = ratio(log_ratio)
+    return r * unclipped(r, advantages, cfg) * ((advantages >= 0) | (r <= cfg.dual_clip))
+
+
+def aspo(log_ratio, advantages, mask, cfg):
+    """The ratio of good responses turned upside down; the soft dual clip caps the weight and keeps the gradient."""
+    r = ratio(log_ratio)
+    flipped = torch.where(advantages >= 0, 1 / r, r)
+    return flipped.clamp(max=cfg.dual_clip) * unclipped(r, advantages, cfg)
+
+
+def no_is(log_ratio, advantages, mask, cfg):
+    """No importance weight, only the clip: the paper's diagnostic."""
+    return unclipped(ratio(log_ratio), advantages, cfg).to(log_ratio.dtype)
+
+
+def cispo(log_ratio, advantages, mask, cfg):
+    """The ratio capped and no token dropped (MiniMax-M1, arXiv 2506.13585)."""
+    return ratio(log_ratio).clamp(max=1 + cfg.eps_high)
+
+
+def gspo(log_ratio, advantages, mask, cfg):
+    """One clipped ratio per sequence, exp of the mean log-ratio (Qwen, arXiv 2507.18071)."""
+    mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    s = ratio(mean).expand_as(log_ratio)
+    return s * unclipped(s, advantages, cfg)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
+    "grpo": grpo, "aspo": aspo, "no-is": no_is, "cispo": cispo, "gspo": gspo,
+    "dapo": grpo, "dr-grpo": grpo,  # the same weight; METHOD_DEFAULTS holds what differs
+}
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+def entropy_dependent_eps(entropy: Tensor, mask: Tensor) -> Tensor:
+    """0.4 above each response's 0.8 quantile of the current policy's entropy, else 0.2 (B, T) (Archer, arXiv 2507.15778)."""
+    split = torch.nanquantile(entropy.float().masked_fill(~mask, math.nan), 0.8, -1, keepdim=True)
+    return torch.where(entropy > split, 0.4, 0.2)
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cfg: Config, *, norm: float | None = None,
+                entropy: Tensor | None = None, ref_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """-A * w * log pi, whose gradient is the method's; the value itself means nothing.
+
+    logp, old_logp, mask (B, T); advantages (B, 1) or (B, T). norm is the number of tokens (loss_agg token) or of
+    sequences (others) to average over, by default this mask's own: pass the whole mini-batch's when this is a part of it,
+    or the gradient depends on how it was cut. entropy (B, T) is needed by entropy_clip, ref_logp (B, T) by kl_coef > 0.
+    Returns a scalar and what happened at each token of the mask: (tokens,) tensors advantage, log_ratio, weight, kl_ref.
+    """
+    mask = mask.bool()
+    logp, old_logp = logp.float().masked_fill(~mask, 0.0), old_logp.float().masked_fill(~mask, 0.0)
+    with torch.no_grad():
+        log_ratio = logp - old_logp
+        if cfg.entropy_clip:
+            eps = entropy_dependent_eps(entropy, mask)
+            cfg = dataclasses.replace(cfg, eps_low=eps, eps_high=eps)
+        weight = WEIGHTS[cfg.loss](log_ratio, advantages, mask, cfg)
+    per_token = -advantages * weight * logp
+    stats = {"advantage": advantages.expand_as(logp)[mask], "log_ratio": log_ratio[mask], "weight": weight[mask]}
+    if cfg.kl_coef:
+        d = (ref_logp.float() - logp).masked_fill(~mask, 0.0)
+        kl = d.exp() - d - 1  # k3, http://joschu.net/blog/kl-approx.html
+        per_token = per_token + cfg.kl_coef * kl
+        stats["kl_ref"] = kl.detach()[mask]
+    lengths = mask.sum(-1, keepdim=True)  # (B, 1)
+    if norm is None:
+        norm = lengths.sum() if cfg.loss_agg == "token" else (lengths > 0).sum()
+    share = {"token": 1, "sequence": 1 / lengths.clamp(min=1), "constant": 1 / cfg.max_new_tokens}[cfg.loss_agg]
+    return (per_token * mask * share).sum() / max(float(norm), 1.0), stats
+
+
+# -------------------------------------------------------------------------------------- log-probabilities and update
+
+
+CHUNK_LOGITS = 2**26  # logits that exist at a time: 256 MiB in fp32
+
+
+def logits_of(model, hidden: Tensor) -> Tensor:
+    return model.get_output_embeddings()(hidden)
+
+
+def token_logp(model, tokens: Tensor, attention: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy (nats) at temperature T of the tokens under mask, 0 elsewhere.
+
+    tokens, attention (B, T) right-padded; mask (B, T-1) marks which of tokens[:, 1:] are wanted. Both results (B, T-1)
+    fp32; the entropy has no gradient. Logits exist only for wanted tokens and a chunk at a time, and are recomputed in
+    the backward pass: at a vocabulary of 150,000 they, and not the weights, are what runs out of memory.
+    """
+    hidden = model.base_model(tokens, attention_mask=attention, use_cache=False).last_hidden_state[:, :-1][mask]  # (N, D)
+    targets = tokens[:, 1:][mask]
+
+    def of_chunk(h: Tensor, target: Tensor):
+        logits = logits_of(model, h).float() / temperature
+        log_z = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+        return logits.gather(-1, target[:, None])[:, 0] - log_z, entropy
+
+    chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
+    parts = [checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(part)) for part in zip(*parts))
+    return logp, entropy
+
+
+def collate(samples: list[Sample], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded tokens (B, T), attention (B, T), and mask (B, T-1): which of tokens[:, 1:] belong to the response.
+
+    The mask comes from lengths, not from `token == pad`: where pad is eos that would drop the stop token from training.
+    """
+    width = max(len(s.prompt) + len(s.response) for s in samples)
+    tokens = torch.tensor([s.prompt + s.response + [pad_id] * (width - len(s.prompt) - len(s.response)) for s in samples])
+    position = torch.arange(width)
+    start = torch.tensor([[len(s.prompt)] for s in samples])
+    end = torch.tensor([[len(s.prompt) + len(s.response)] for s in samples])
+    mask = (position >= start) & (position < end)
+    return tokens.to(device), (position < end).long().to(device), mask[:, 1:].to(device)
+
+
+def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Cut samples, longest first, so that rows x width <= max_tokens (a longer sample goes alone)."""
+    batches, width = [], 0
+    for s in sorted(samples, key=lambda s: -len(s.prompt) - len(s.response)):
+        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
+            batches[-1].append(s)
+        else:
+            batches.append([s])
+            width = len(s.prompt) + len(s.response)
+    return batches
+
+
+def batch_logp(model, samples: list[Sample], cfg: Config, pad_id: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and mask, each (B, T-1), of one micro-batch of samples."""
+    tokens, attention, mask = collate(samples, pad_id, model.device)
+    with autocast():
+        return *token_logp(model, tokens, attention, mask, cfg.temperature), mask
+
+
+def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample], cfg: Config, pad_id: int, autocast,
+           bar=None) -> tuple[dict[str, Tensor], list[float]]:
+    """Train on one rollout: mini-batches x epochs optimiser steps, old_logp fixed.
+
+    Returns policy_loss's per-token stats over all steps, concatenated, and the gradient norm of each step. Samples without
+    signal (advantage 0 and no KL) count in the normaliser but are not computed; a mini-batch of them makes no step.
+    """
+    model.train()
+    minibatches = groups_of(samples, cfg.minibatch * cfg.group_size)
+    if cfg.drop_uniform_groups:
+        minibatches = [[s for g in groups_of(batch, cfg.group_size) if not is_uniform(g) for s in g] for batch in minibatches]
+    if cfg.mask_truncated:
+        minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
+    active = [micro_batches([s for s in batch if s.advantage or cfg.kl_coef], cfg.micro_tokens) for batch in minibatches]
+
+    def remember(micro: list[Sample], logp: Tensor, mask: Tensor) -> None:
+        for s, values in zip(micro, logp.detach()[mask].split([len(s.response) for s in micro])):
+            s.old_logp = values
+
+    with torch.no_grad():  # the first mini-batch meets the unchanged policy in its own first pass
+        for micro in sum(active[1:], []):
+            logp, _, mask = batch_logp(model, micro, cfg, pad_id, autocast)
+            remember(micro, logp, mask)
+
+    stats, grad_norms = [], []
+    for batch, micros in list(zip(minibatches, active)) * cfg.epochs:
+        if not micros:
+            continue
+        norm = sum(len(s.response) for s in batch) if cfg.loss_agg == "token" else len(batch)
+        for micro in micros:
+            logp, entropy, mask = batch_logp(model, micro, cfg, pad_id, autocast)
+            if micro[0].old_logp is None:
+                remember(micro, logp, mask)
+            old_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.old_logp for s in micro]))
+            advantages = torch.tensor([[s.advantage] for s in micro], device=logp.device)  # (B, 1)
+            ref_logp = None
+            if reference is not None:
+                with torch.no_grad():
+                    ref_logp = batch_logp(reference, micro, cfg, pad_id, autocast)[0]
+            loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp)
+            scaler.scale(loss).backward()
+            stats.append(stat)
+            if bar is not None:
+                bar.update(len(micro))
+        scaler.unscale_(optimizer)
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
+        scaler.step(optimizer)  # fp16: leaves the step out and lowers the scale if a gradient overflowed
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: torch.cat([stat[name] for stat in stats]) for name in (stats[0] if stats else ())}, grad_norms
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+# key in metrics.jsonl -> (formula, what a healthy value looks like). + and - are tokens with A > 0 and A < 0; ratio,
+# weight, clip and KL metrics are means over the tokens of all optimiser steps of the rollout, null where there is none.
+METRICS = {
+    "step": ("rollouts so far", "counts up"),
+    "reward": ("mean reward of the rollout", "climbs; flat at 0 means that nothing is learned"),
+    "reward_std": ("mean over groups of the unbiased std of rewards", "above 0: it is the signal; falls as all get right"),
+    "accuracy": ("share of right responses", "the reward without penalties"),
+    "entropy": ("mean over response tokens of -sum p log p at sampling, nats", "falls slowly; near 0 exploration is over"),
+    "ratio_pos": ("mean of r over + tokens", "near 1; above 1 when updates do what they should"),
+    "ratio_neg": ("mean of r over - tokens", "near 1; below 1 when updates do what they should"),
+    "weight_pos": ("mean of w over + tokens", "grpo: follows ratio_pos; aspo: its mirror image"),
+    "weight_neg": ("mean of w over - tokens", "grpo, aspo: near ratio_neg, less what was clipped"),
+    "clip_frac_pos": ("share of + tokens with w = 0 by the hard clip", "under 0.1; more: lower lr, epochs or mini-batches"),
+    "clip_frac_neg": ("share of - tokens with w = 0 by the hard clip", "under 0.1"),
+    "dual_clip_frac_pos": ("share of + tokens with w capped at dual_clip", "near 0; aspo only"),
+    "dual_clip_frac_neg": ("share of - tokens with r > dual_clip", "near 0"),
+    "approx_kl": ("mean of r - 1 - log r, an estimate of KL(old, new)", "under 0.05"),
+    "kl_ref": ("mean of exp(d) - d - 1, d = log pi_ref - log pi; only with kl_coef > 0", "grows slowly"),
+    "grad_norm": ("mean gradient norm before clipping, 0 if no step was made", "steady; spikes foretell trouble"),
+    "lr": ("learning rate after the step", "follows the schedule"),
+    "response_length": ("mean response tokens, stop token included", "no jump to 0 or to the limit"),
+    "truncated": ("share of responses without a stop token", "under 0.1; they score 0 whatever they were about to say"),
+    "repetition": ("mean share of a response's 20-word n-grams already seen in it", "under 0.1"),
+    "uniform_groups": ("groups whose rewards are all equal", "well under `prompts`: they carry no signal"),
+    "tokens": ("response tokens sampled in this step", "-"),
+    "sample_seconds": ("seconds of sampling and scoring", "-"),
+    "update_seconds": ("seconds of training", "-"),
+    "heldout_accuracy": ("share of right samples on held-out problems; evaluation steps only", "the number that counts"),
+}
+
+
+def repetition(text: str, n: int = 20) -> float:
+    """Share of the text's n-word n-grams that occurred before in it; 0.0 for fewer than n words."""
+    words = text.split()
+    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def token_metrics(stats: dict[str, Tensor], cfg: Config) -> dict[str, float | None]:
+    """The metrics of METRICS that come from policy_loss's per-token stats."""
+    mean = lambda values: values.float().mean().item() if values.numel() else None
+    if not stats:
+        stats = {name: torch.zeros(0) for name in ("advantage", "log_ratio", "weight")}
+    r, w = ratio(stats["log_ratio"]), stats["weight"]
+    result = {}
+    for sign, where in (("pos", stats["advantage"] > 0), ("neg", stats["advantage"] < 0)):
+        dual = (w >= cfg.dual_clip) if sign == "pos" else (r > cfg.dual_clip)
+        result |= {f"ratio_{sign}": mean(r[where]), f"weight_{sign}": mean(w[where]),
+                   f"clip_frac_{sign}": mean(((w == 0) & ~dual)[where]), f"dual_clip_frac_{sign}": mean(dual[where])}
+    result["approx_kl"] = mean(r - 1 - stats["log_ratio"].clamp(-20, 20))
+    if "kl_ref" in stats:
+        result["kl_ref"] = mean(stats["kl_ref"])
+    return result
+
+
+def rollout_metrics(samples: list[Sample], cfg: Config) -> dict[str, float]:
+    """The metrics of METRICS that come from the sampled responses."""
+    rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)
+    tokens = sum(len(s.response) for s in samples)
+    mean = lambda values: sum(values) / len(samples)
+    return {
+        "reward": rewards.mean().item(), "reward_std": rewards.std(-1).mean().item(),
+        "accuracy": mean(s.correct for s in samples),
+        "entropy": sum(s.entropy * len(s.response) for s in samples) / tokens,
+        "response_length": tokens / len(samples), "truncated": mean(s.truncated for s in samples),
+        "repetition": mean(repetition(s.text) for s in samples),
+        "uniform_groups": sum(map(is_uniform, groups_of(samples, cfg.group_size))), "tokens": tokens,
+    }
+
+
+def warnings_for(metrics: dict, updates: int) -> dict[str, str]:
+    """What a user should know about this step, in plain words, by a short key so that each is said once."""
+    found = {}
+    if metrics["truncated"] > 0.5:
+        found["truncated"] = (f"{metrics['truncated']:.0%} of the responses were cut off at the token limit and score 0; "
+                              "raise --max_new_tokens")
+    if metrics["accuracy"] == 0:
+        found["zero"] = ("every response was wrong, so there is nothing to learn from; look at samples.jsonl for the answer "
+                         "format, or start from easier problems or a better model")
+    if updates == 1:
+        found["on-policy"] = ("one optimiser step per rollout: all ratios are 1, so aspo, grpo and no-is are the same method; "
+                              "raise --epochs or lower --minibatch")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- training loop
+
+
+def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
+    """Teach the tiny model the format, and some arithmetic, from sloppy demonstrations: 32 a step."""
+    rng = random.Random(cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, cfg.sft_steps // 10, cfg.sft_steps)
+    model.train()
+    for _ in tqdm(range(cfg.sft_steps), "warm-up", leave=False, dynamic_ncols=True):
+        batch = []
+        for row in rng.choices(problems, k=32):
+            text = sloppy_demonstration(row["problem"], rng)
+            batch.append(Sample(row["problem"], row["answer"], encode(tokenizer, row["problem"], cfg),
+                                tokenizer(text).input_ids + [tokenizer.eos_token_id], text, 0.0, False, 0.0))
+        logp, _, mask = batch_logp(model, batch, cfg, pad_token(tokenizer), contextlib.nullcontext)
+        (-logp[mask].mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def heldout_accuracy(model, tokenizer, problems: list[dict], cfg: Config) -> float:
+    """Share of right samples, eval_samples a problem, at the training temperature."""
+    with tqdm(total=len(problems) * cfg.eval_samples, desc="held-out", leave=False, dynamic_ncols=True) as bar:
+        samples = roll_out(model, tokenizer, problems, cfg.eval_samples, cfg, bar)
+    return sum(s.correct for s in samples) / len(samples)
+
+
+def choose_precision(device: torch.device) -> torch.dtype | None:
+    """autocast's dtype: bf16, or fp16 on a GPU that only emulates bf16 (T4, V100); None is plain fp32."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    """Write a complete checkpoint beside the old one, then swap them."""
+    new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def summary(m: dict, steps: int) -> str:
+    """The one line a step that the user reads."""
+    number = lambda value: "  -  " if value is None else f"{value:.3f}"
+    speed = m["tokens"] / (m["sample_seconds"] + m["update_seconds"])
+    line = (f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  entropy {m['entropy']:.3f}  "
+            f"ratio + {number(m['ratio_pos'])} - {number(m['ratio_neg'])}  length {m['response_length']:.1f}  "
+            f"cut off {m['truncated']:.0%}  {speed:,.0f} tokens/s")
+    return line + (f"  held-out {m['heldout_accuracy']:.3f}" if "heldout_accuracy" in m else "")
+
+
+def train(cfg: Config) -> dict:
+    """Run a whole training and return the last step's metrics. Raises UserError before any work on bad input."""
+    check(cfg)
+    out = Path(cfg.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not overwritten; type --out with a new name, or remove it")
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
+    set_seed(cfg.seed)
+    model, tokenizer = load_model(cfg)
+    train_problems, heldout = load_problems(cfg)
+    check_prompts(train_problems + heldout, model, tokenizer, cfg)
+    transformers.utils.logging.disable_progress_bar()  # of saving; downloads are over
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+
+    precision = choose_precision(device)
+    autocast = lambda: torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    model.to(device)  # fp32 master weights; AdamW must see them and not a half-precision copy
+    minibatches = cfg.prompts // cfg.minibatch
+    print(f"model    {cfg.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+          f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
+          f"{str(precision or torch.float32).removeprefix('torch.')}\n"
+          f"data     {cfg.data}: {len(train_problems):,} problems to train on, {len(heldout)} held out\n"
+          f"rollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most {cfg.max_new_tokens} tokens: up to "
+          f"{cfg.prompts * cfg.group_size * cfg.max_new_tokens:,} tokens a step, {cfg.steps} steps\n"
+          f"update   {cfg.loss}, {minibatches} mini-batches x {cfg.epochs} epochs = {minibatches * cfg.epochs} optimiser steps "
+          f"per rollout; at the first every ratio is 1, as it should be\n"
+          f"folder   {out}", flush=True)
+
+    if cfg.model == "tiny":
+        sft_warmup(model, tokenizer, train_problems, cfg)
+    reference = copy.deepcopy(model).eval() if cfg.kl_coef else None
+    # a half-precision copy samples: half the bytes to read per token, and nothing to cast
+    sampler = model if precision is None else copy.deepcopy(model).to(precision).eval()
+    if cfg.gradient_checkpointing:  # only in train mode: while sampling it would turn the key/value cache off
+        # its new name, activation_checkpointing_enable, is missing from older releases
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    scheduler = get_constant_schedule_with_warmup(optimizer, cfg.lr_warmup)
+    stream, said = ProblemStream(train_problems, cfg.seed), set()
+    before = after = heldout_accuracy(sampler.eval(), tokenizer, heldout, cfg)
+    print(f"held-out accuracy before RL {before:.3f}", flush=True)
+
+    for step in range(1, cfg.steps + 1):
+        started = time.perf_counter()
+        sampler.eval()
+        with tqdm(total=cfg.prompts * cfg.group_size, desc=f"step {step} sampling", leave=False, dynamic_ncols=True) as bar:
+            samples = collect(sampler, tokenizer, stream, cfg, bar)
+        rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)  # (Q, G)
+        for s, advantage in zip(samples, group_advantages(rewards, cfg.divide_by_std).flatten().tolist()):
+            s.advantage = advantage
+        sampled = time.perf_counter()
+        with tqdm(total=len(samples) * cfg.epochs, desc=f"step {step} updating", leave=False, dynamic_ncols=True) as bar:
+            stats, grad_norms = update(model, reference, optimizer, scheduler, scaler, samples, cfg, pad_token(tokenizer),
+                                       autocast, bar)
+        if sampler is not model:
+            with torch.no_grad():
+                for copied, master in zip(sampler.parameters(), model.parameters()):
+                    copied.copy_(master)
+        updated = time.perf_counter()
+
+        metrics = {"step": step} | rollout_metrics(samples, cfg) | token_metrics(stats, cfg) | {
+            "grad_norm": sum(grad_norms) / max(1, len(grad_norms)), "lr": scheduler.get_last_lr()[0],
+            "sample_seconds": sampled - started, "update_seconds": updated - sampled}
+        if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
+            metrics["heldout_accuracy"] = after = heldout_accuracy(sampler.eval(), tokenizer, heldout, cfg)
+        append(out / "metrics.jsonl", [metrics])
+        if step == 1 or step % cfg.log_samples_every == 0:
+            append(out / "samples.jsonl", [{"step": step, "problem": s.problem, "prompt": tokenizer.decode(s.prompt), "response": s.text, "gold": s.gold,
+                                            "reward": s.reward, "advantage": s.advantage} for s in samples[:4 * cfg.group_size]])
+        if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
+            save(model, tokenizer, out / "checkpoint")
+        tqdm.write(summary(metrics, cfg.steps))
+        for key, text in warnings_for(metrics, minibatches * cfg.epochs).items():
+            if key not in said:
+                said.add(key)
+                tqdm.write(f"warning: {text}")
+
+    rival = "grpo" if cfg.loss != "grpo" else "aspo"
+    print(f"held-out accuracy {before:.3f} -> {after:.3f} ({len(heldout)} problems x {cfg.eval_samples} samples)\n"
+          f"results in {out}: metrics.jsonl, samples.jsonl, checkpoint/\n"
+          f"next: python aspo.py --model {cfg.model} --loss {rival}" +
+          ("\n      python aspo.py --model qwen-0.5b    (a real model on GSM8K, on a GPU)" if cfg.model == "tiny" else ""))
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Command line -> Config: the model's preset replaces the defaults, what was typed replaces both."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+
+    def refuse(message: str):
+        raise UserError(f"{message}; see python aspo.py --help")
+
+    parser.error = refuse
+    model = parser.parse_known_args(argv)[0].model
+    real = dict(data="gsm8k", instruction="Please reason step by step, and put your final answer within \\boxed{}.")
+    parser.set_defaults(**(real | PRESETS.get(model, (model, {}))[1]))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    if cfg.data == "arithmetic":
+        cfg.instruction = ""
+    if cfg.out is None:
+        cfg.out = f"runs/{Path(cfg.model).name}-{cfg.loss}-s{cfg.seed}"
+    return cfg
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported below
+    try:
+        train(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

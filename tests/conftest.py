@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import aspo  # noqa: E402
+
+
+@pytest.fixture
+def tiny():
+    """An untrained tiny model in eval mode and its tokenizer."""
+    torch.manual_seed(0)
+    model, tokenizer = aspo.tiny_model()
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared():
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared folder beside the checkout")
+    return folder

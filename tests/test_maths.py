@@ -1,0 +1,191 @@
+"""The formulas against published values, textbook objectives and numbers worked out by hand."""
+import math
+
+import pytest
+import torch
+
+from aspo import WEIGHTS, Config, group_advantages, overlong_penalty, policy_loss, repetition, token_metrics
+
+# Weights of the authors' loss functions, differentiated, for eps 0.2 and dual clip 3.
+RATIOS = [0.05, 0.3, 0.34, 0.5, 0.7, 0.81, 0.9, 1.0, 1.1, 1.19, 1.21, 1.39, 2.0, 2.9, 3.1, 8]
+GOLDEN = {
+    ("grpo", +1): [.05, .3, .34, .5, .7, .81, .9, 1, 1.1, 1.19, 0, 0, 0, 0, 0, 0],
+    ("grpo", -1): [0, 0, 0, 0, 0, .81, .9, 1, 1.1, 1.19, 1.21, 1.39, 2, 2.9, 0, 0],
+    ("aspo", +1): [3, 3, 2.941, 2, 1.429, 1.235, 1.111, 1, .909, .840, 0, 0, 0, 0, 0, 0],
+    ("aspo", -1): [0, 0, 0, 0, 0, .81, .9, 1, 1.1, 1.19, 1.21, 1.39, 2, 2.9, 3, 3],
+    ("no-is", +1): [1] * 10 + [0] * 6,
+    ("no-is", -1): [0] * 5 + [1] * 11,
+}
+
+
+def weights(loss, ratios, sign, **knobs):
+    log_ratio = torch.tensor(ratios).log()[None]
+    return WEIGHTS[loss](log_ratio, torch.tensor([[float(sign)]]), torch.ones_like(log_ratio).bool(), Config(loss=loss, **knobs))
+
+
+@pytest.mark.parametrize("loss, sign", GOLDEN)
+def test_golden_weights(loss, sign):
+    assert weights(loss, RATIOS, sign)[0].tolist() == pytest.approx(GOLDEN[loss, sign], abs=1e-3)
+
+
+def test_neighbours():
+    assert weights("dapo", [1.27, 1.29], 1)[0].tolist() == pytest.approx([1.27, 0])  # clip-higher: 0.28
+    assert weights("dr-grpo", [1.19, 1.21], 1)[0].tolist() == pytest.approx([1.19, 0])
+    for sign in (1, -1):
+        assert weights("cispo", [0.1, 1.1, 9.0], sign)[0].tolist() == pytest.approx([0.1, 1.1, 1.2])
+    # sequence ratio sqrt(1.2 * 1 / 1.2) = 1 although both tokens left the clip range
+    assert weights("gspo", [1.2, 1 / 1.2], 1)[0].tolist() == pytest.approx([1, 1])
+    assert weights("gspo", [1.001, 1.001], 1)[0].tolist() == [0, 0]
+    assert weights("gspo", [1.001, 1.001], -1)[0].tolist() == pytest.approx([1.001, 1.001])
+
+
+def random_batch(seed=0, shape=(6, 9), spread=1.0):
+    torch.manual_seed(seed)
+    old = -torch.rand(shape) * 3
+    logp = (old + spread * torch.randn(shape)).requires_grad_()
+    advantages = torch.randn(shape[0], 1)
+    lengths = torch.randint(1, shape[1] + 1, (shape[0], 1))
+    return logp, old, advantages, torch.arange(shape[1]) < lengths
+
+
+def gradient(value, logp):
+    return torch.autograd.grad(value, logp)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grpo_has_the_gradient_of_the_textbook_objective(seed):
+    """PPO's min of the ratio and the clipped ratio times A, bounded from below by 3 A where A < 0 (dual clip)."""
+    logp, old, advantages, mask = random_batch(seed)
+    r = (logp - old).exp()
+    objective = torch.minimum(r * advantages, r.clip(0.8, 1.2) * advantages)
+    objective = torch.where(advantages < 0, torch.maximum(objective, 3 * advantages), objective)
+    expected = gradient(-objective[mask].mean(), logp)
+    loss, _ = policy_loss(logp, old, advantages, mask, Config(loss="grpo"))
+    torch.testing.assert_close(gradient(loss, logp), expected)
+    assert (expected[mask] == 0).any() and (expected[mask] != 0).any()
+
+
+def test_gspo_has_the_gradient_of_the_sequence_objective():
+    logp, old, advantages, mask = random_batch(1, spread=0.1)
+    s = torch.stack([(new - o)[m].mean().exp() for new, o, m in zip(logp, old, mask)])[:, None]
+    objective = torch.minimum(s * advantages, s.clip(1 - 0.05, 1 + 0.07) * advantages)
+    expected = gradient(-objective.mean(), logp)
+    loss, _ = policy_loss(logp, old, advantages, mask, Config(loss="gspo", eps_low=0.05, eps_high=0.07))
+    torch.testing.assert_close(gradient(loss, logp), expected)
+
+
+@pytest.mark.parametrize("loss", WEIGHTS)
+def test_extremes_stay_finite(loss):
+    log_ratio = torch.tensor([[80.0, -80.0, 0.0, 1.0]])
+    for advantage in (2.0, -2.0, 0.0):
+        for mask in (torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([[1.0, 0, 1, 0]])):
+            logp = (log_ratio - 90).requires_grad_()
+            value, _ = policy_loss(logp, torch.full((1, 4), -90.0), torch.tensor([[advantage]]), mask, Config(loss=loss))
+            g = gradient(value, logp)
+            assert value.isfinite() and g.isfinite().all()
+            assert (g[mask == 0] == 0).all()
+            if advantage == 0:
+                assert (g == 0).all()
+
+
+@pytest.mark.parametrize("loss", WEIGHTS)
+def test_masked_positions_may_hold_anything(loss):
+    logp, old, advantages, mask = random_batch(2)
+    clean = gradient(policy_loss(logp, old, advantages, mask, Config(loss=loss))[0], logp)
+    dirty = logp.detach().masked_fill(~mask, -math.inf).requires_grad_()
+    torch.testing.assert_close(gradient(policy_loss(dirty, old, advantages, mask, Config(loss=loss))[0], dirty), clean)
+
+
+def test_all_token_methods_agree_at_ratio_one_and_not_elsewhere():
+    logp, _, advantages, mask = random_batch(3)
+    same = {loss: gradient(policy_loss(logp, logp.detach(), advantages, mask, Config(loss=loss))[0], logp)
+            for loss in ("aspo", "grpo", "no-is", "dapo", "cispo")}
+    for g in same.values():
+        torch.testing.assert_close(g, same["grpo"])
+    moved = [gradient(policy_loss(logp, logp.detach() + 0.1, advantages, mask, Config(loss=loss))[0], logp)
+             for loss in ("aspo", "grpo")]
+    assert not torch.allclose(*moved)
+
+
+def test_loss_aggregation_by_hand():
+    """Two responses of 1 and 3 tokens, A = 1, r = 1: the gradient is minus the share that each token has in the loss."""
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
+    logp = torch.zeros(2, 3, requires_grad=True)
+    expected = {"token": [[1 / 4, 0, 0], [1 / 4] * 3], "sequence": [[1 / 2, 0, 0], [1 / 6] * 3],
+                "constant": [[1 / 20, 0, 0], [1 / 20] * 3]}
+    for agg, shares in expected.items():
+        cfg = Config(loss_agg=agg, max_new_tokens=10)
+        loss, _ = policy_loss(logp, logp.detach(), torch.ones(2, 1), mask, cfg)
+        torch.testing.assert_close(gradient(loss, logp), -torch.tensor(shares))
+        half, _ = policy_loss(logp[:1], logp[:1].detach(), torch.ones(1, 1), mask[:1], cfg, norm=4 if agg == "token" else 2)
+        torch.testing.assert_close(gradient(half, logp)[0], -torch.tensor(shares[0]))  # as a part of the whole
+
+
+def test_defaults_of_methods_yield_to_what_is_given():
+    assert (Config().eps_low, Config().eps_high, Config().dual_clip, Config().loss_agg) == (0.2, 0.2, 3.0, "token")
+    assert Config(loss="dapo").eps_high == 0.28 and Config(loss="dapo", eps_high=0.5).eps_high == 0.5
+    assert (Config(loss="gspo").eps_low, Config(loss="gspo").eps_high) == (3e-4, 4e-4)
+    assert not Config(loss="dr-grpo").divide_by_std and Config(loss="dr-grpo").loss_agg == "constant"
+
+
+def test_entropy_dependent_clip_range():
+    """Ten tokens, entropies 0..9: those above the 0.8 quantile (7.2) may move by 0.4, the others by 0.2."""
+    logp = torch.full((1, 10), math.log(1.3), requires_grad=True)
+    args = (logp, torch.zeros(1, 10), torch.ones(1, 1), torch.ones(1, 10).bool())
+    loss, _ = policy_loss(*args, Config(loss="no-is", entropy_clip=True), entropy=torch.arange(10.0)[None])
+    assert (gradient(loss, logp) != 0)[0].tolist() == [False] * 8 + [True] * 2
+
+
+def test_k3_by_hand():
+    """pi = 0.5, pi_ref = 0.25: d = -log 2, so k3 = 1/2 + log 2 - 1 and its slope in log pi is 1 - pi_ref / pi = 1/2."""
+    logp = torch.tensor([[math.log(0.5)]], requires_grad=True)
+    loss, stats = policy_loss(logp, logp.detach(), torch.zeros(1, 1), torch.ones(1, 1), Config(kl_coef=0.1),
+                              ref_logp=torch.tensor([[math.log(0.25)]]))
+    assert stats["kl_ref"].item() == pytest.approx(0.5 + math.log(2) - 1)
+    assert loss.item() == pytest.approx(0.1 * (math.log(2) - 0.5))
+    assert gradient(loss, logp).item() == pytest.approx(0.1 * 0.5)
+
+
+def test_group_advantages_by_hand():
+    a = group_advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]))  # unbiased std: 1/2 and 1/sqrt(3)
+    torch.testing.assert_close(a, torch.tensor([[1.5, -0.5, -0.5, -0.5], [3 ** 0.5 / 2] * 2 + [-(3 ** 0.5) / 2] * 2]),
+                               atol=1e-5, rtol=0)
+    a = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), divide_by_std=False)
+    assert a.tolist() == [[0.75, -0.25, -0.25, -0.25]]
+
+
+def test_equal_rewards_give_exactly_zero_advantage():
+    rewards = torch.tensor([[0.1] * 7, [0.7] * 7, [0.0] * 7])
+    assert (group_advantages(rewards) == 0).all()
+    assert (rewards.sub(rewards.mean(-1, keepdim=True)) != 0).any()  # float means alone would not do
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(torch.ones(3, 1))
+
+
+def test_overlong_penalty():
+    cfg = Config(max_new_tokens=20, overlong_buffer=4)
+    assert [overlong_penalty(n, cfg) for n in (1, 16, 17, 18, 20)] == [0, 0, -0.25, -0.5, -1]
+    assert overlong_penalty(20, Config(max_new_tokens=20)) == 0
+
+
+def test_repetition():
+    assert repetition("a b c a b c a b", n=3) == pytest.approx(0.5)  # abc bca cab abc bca cab: 3 of 6 were there before
+    assert repetition("one two", n=3) == 0.0
+    assert repetition(" ".join(map(str, range(50)))) == 0.0
+
+
+def test_metrics_by_sign_count_what_was_clipped():
+    ratios, advantages = torch.tensor([0.25, 1.0, 1.5, 0.5, 1.0, 4.0]), torch.tensor([1.0, 1, 1, -1, -1, -1])
+    log_ratio, mask = ratios.log()[None], torch.ones(1, 6)
+    expected = {  # weights: grpo + .25 1 0, - 0 1 0 (dual); aspo + 3 (dual) 1 0, - 0 1 3 (dual)
+        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, dual_clip_frac_pos=0),
+        "aspo": dict(weight_pos=4 / 3, weight_neg=4 / 3, dual_clip_frac_pos=1 / 3),
+    }
+    for loss, values in expected.items():
+        cfg = Config(loss=loss)
+        _, stats = policy_loss(log_ratio, torch.zeros(1, 6), advantages[None], mask, cfg)
+        found = token_metrics(stats, cfg)
+        values |= dict(ratio_pos=2.75 / 3, ratio_neg=5.5 / 3, clip_frac_pos=1 / 3, clip_frac_neg=1 / 3, dual_clip_frac_neg=1 / 3,
+                       approx_kl=sum(r - 1 - math.log(r) for r in ratios.tolist()) / 6)
+        assert found == pytest.approx(values)
+    assert token_metrics({}, Config())["ratio_pos"] is None

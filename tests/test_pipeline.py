@@ -1,0 +1,356 @@
+"""Sampling, log-probabilities, masks and the update, on small random models, against slower and plainer ways."""
+import contextlib
+import copy
+import random
+
+import pytest
+import torch
+
+import aspo
+from aspo import Config, Sample, collate, encode, micro_batches, pick, roll_out, sample, token_logp, update
+
+PROMPTS = ["1+2+3+4=", "5+5=", "1+1+1+1+1+1=", "2="]
+
+
+def ids(tokenizer, text):
+    return tokenizer(text).input_ids
+
+
+def made_up_samples(tokenizer, groups=4, group_size=4, seed=0, stop=True):
+    """Random responses of random lengths with random advantages."""
+    rng = random.Random(seed)
+    samples = []
+    for q in range(groups):
+        for _ in range(group_size):
+            response = [rng.randrange(3, 18) for _ in range(rng.randint(1, 12))] + [tokenizer.eos_token_id] * stop
+            samples.append(Sample("p", "1", ids(tokenizer, PROMPTS[q % 4]), response, "", 0.0, not stop, 0.0,
+                                  reward=rng.random(), advantage=rng.gauss(0, 1)))
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------- log-probabilities
+
+
+def naive_logp(model, s, temperature):
+    """One unpadded sequence, the full softmax, one position at a time."""
+    sequence = s.prompt + s.response
+    logits = model(torch.tensor([sequence])).logits[0] / temperature
+    probabilities = logits.softmax(-1)
+    at = range(len(s.prompt), len(sequence))
+    return (torch.stack([probabilities[t - 1, sequence[t]].log() for t in at]),
+            torch.stack([-(probabilities[t - 1] * probabilities[t - 1].log()).sum() for t in at]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_token_logp_equals_one_sequence_at_a_time(tiny, temperature, pad_is_eos):
+    model, tokenizer = tiny
+    samples = made_up_samples(tokenizer)
+    pad = tokenizer.eos_token_id if pad_is_eos else tokenizer.pad_token_id
+    tokens, attention, mask = collate(samples, pad, "cpu")
+    logp, entropy = token_logp(model, tokens, attention, mask, temperature)
+    for i, s in enumerate(samples):
+        expected_logp, expected_entropy = naive_logp(model, s, temperature)
+        torch.testing.assert_close(logp[i][mask[i]], expected_logp, atol=1e-4, rtol=0)
+        torch.testing.assert_close(entropy[i][mask[i]], expected_entropy, atol=1e-4, rtol=0)
+    assert (logp[~mask] == 0).all()
+
+
+def test_padding_side_changes_nothing(tiny):
+    """The sampler pads on the left, the trainer on the right: logits after the prompt must be the same."""
+    model, tokenizer = tiny
+    prompts = [ids(tokenizer, text) for text in PROMPTS]
+    left, _, _ = aspo.prefill(model, prompts, 1, tokenizer.pad_token_id)
+    for row, prompt in zip(left, prompts):
+        torch.testing.assert_close(row, model(torch.tensor([prompt])).logits[0, -1], atol=1e-4, rtol=0)
+
+
+def test_chunks_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatch):
+    model, tokenizer = tiny
+    batch = collate(made_up_samples(tokenizer), 0, "cpu")
+
+    def run():
+        model.zero_grad()
+        logp, _ = token_logp(model, *batch, 0.9)
+        (logp * torch.arange(logp.numel()).view_as(logp).sin()).sum().backward()
+        return logp.detach(), [p.grad.clone() for p in model.parameters()]
+
+    logp, grads = run()
+    monkeypatch.setattr(aspo, "CHUNK_LOGITS", 3 * model.config.vocab_size)  # three tokens at a time
+    chunked_logp, chunked_grads = run()
+    torch.testing.assert_close(chunked_logp, logp, atol=1e-5, rtol=0)
+    for a, b in zip(chunked_grads, grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_mask_is_the_response_up_to_and_including_the_stop_token():
+    samples = [Sample("", "", [5, 6, 7], [8, 9, 1], "", 0, False, 0), Sample("", "", [5], [8, 9], "", 0, True, 0)]
+    tokens, attention, mask = collate(samples, pad_id=1, device="cpu")  # pad = eos = 1
+    assert tokens.tolist() == [[5, 6, 7, 8, 9, 1], [5, 8, 9, 1, 1, 1]]
+    assert attention.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    assert mask.tolist() == [[False, False, True, True, True], [True, True, False, False, False]]  # of tokens[:, 1:]
+
+
+def test_stop_token_is_trained_when_pad_is_eos(tiny):
+    model, tokenizer = tiny
+    eos = tokenizer.eos_token_id
+    s = Sample("", "", ids(tokenizer, "1+1="), [4, eos], "", 1.0, False, 0.0, 1.0, advantage=1.0)
+    before = naive_logp(model, s, 1.0)[0][-1].item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run_update(model, optimizer, [s, copy.copy(s)], Config(group_size=2, minibatch=1, prompts=1, epochs=1, lr=0.1), pad_id=eos)
+    assert naive_logp(model, s, 1.0)[0][-1].item() > before + 0.01
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+def draw(model, tokenizer, prompts, group_size, **options):
+    return sample(model, prompts, group_size, stop_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, **options)
+
+
+def test_greedy_sampling_is_generate(tiny):
+    """Mixed prompt lengths and groups; many rows stop early, so that the batch is compacted on the way."""
+    model, tokenizer = tiny
+    prompts = [ids(tokenizer, text) for text in PROMPTS] + [ids(tokenizer, f"{a}+{b}=") for a in range(4) for b in (3, 7)]
+    free = model.generate(torch.tensor([prompts[4]]), do_sample=False, max_new_tokens=45, eos_token_id=-1)
+    for stop in sorted(set(free[0, -30:].tolist()))[:2]:  # an untrained model never says eos; stop at what it does say
+        responses, _ = sample(model, prompts, 2, stop_ids=[stop], pad_id=0, max_new_tokens=45, temperature=0)
+        for i, prompt in enumerate(prompts):
+            expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                                      max_new_tokens=45, eos_token_id=stop, pad_token_id=0)[0, len(prompt):].tolist()
+            assert responses[2 * i] == responses[2 * i + 1] == expected
+        assert len({len(r) for r in responses}) > 1
+
+
+def test_samples_follow_the_softmax(tiny):
+    """Chi-square of 20,000 first tokens at temperature 0.7 against the exact softmax: 17 degrees, p < 1e-4 above 49."""
+    model, tokenizer = tiny
+    prompt = ids(tokenizer, "1+2=")
+    torch.manual_seed(1)
+    responses, _ = draw(model, tokenizer, [prompt], 20_000, max_new_tokens=1, temperature=0.7)
+    exact = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1) * 20_000
+    counts = torch.bincount(torch.tensor(responses)[:, 0], minlength=len(exact))
+    assert ((counts - exact) ** 2 / exact).sum() < 49
+    assert exact.max() > 3 * exact.min()  # a uniform sampler would not pass
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5000, 4)
+    token, entropy = pick(logits, 1.0, top_p=0.7)
+    share = token.bincount(minlength=4) / 5000
+    assert share.tolist() == pytest.approx([5 / 8, 3 / 8, 0, 0], abs=0.03)
+    assert entropy[0].item() == pytest.approx(1.1421, abs=1e-3)  # of the whole softmax
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_sampler_and_trainer_agree_on_the_policy(tiny, temperature):
+    """The sampler's entropy, through cache and compaction, is the trainer's on the same tokens at the same temperature."""
+    model, tokenizer = tiny
+    torch.manual_seed(2)
+    cfg = Config(data="arithmetic", instruction="", max_new_tokens=40, temperature=temperature, sample_rows=8)
+    samples = roll_out(model, tokenizer, aspo.all_arithmetic_problems()[:6], 4, cfg)
+    assert {len(s.response) for s in samples} != {40}
+    tokens, attention, mask = collate(samples, tokenizer.pad_token_id, "cpu")
+    _, entropy = token_logp(model, tokens, attention, mask, temperature)
+    for i, s in enumerate(samples):
+        assert s.entropy == pytest.approx(entropy[i][mask[i]].mean().item(), abs=1e-4)
+        assert (s.response[-1] == tokenizer.eos_token_id) != s.truncated
+        assert tokenizer.eos_token_id not in s.response[:-1]
+
+
+def test_sampling_never_recomputes_under_gradient_checkpointing(tiny):
+    model, tokenizer = tiny
+    prompts = [ids(tokenizer, text) for text in PROMPTS]
+    plain, _ = draw(model, tokenizer, prompts, 2, max_new_tokens=20, temperature=0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    widths = []
+    model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    assert draw(model, tokenizer, prompts, 2, max_new_tokens=20, temperature=0)[0] == plain
+    assert len(widths) > 2 and set(widths[1:]) == {1}  # the cache is on: one new token a step
+
+
+def test_dynamic_sampling_replaces_uniform_groups(tiny, monkeypatch):
+    model, tokenizer = tiny
+    asked = []
+
+    def fake(model, tokenizer, problems, group_size, cfg, bar=None):
+        asked.append([row["problem"] for row in problems])
+        made = []
+        for row in problems:  # even problems give mixed rewards, odd ones equal rewards
+            mixed = int(row["problem"]) % 2 == 0
+            made += [Sample(row["problem"], "", [3], [4], "", 0, False, 0, reward=float(mixed and k == 0)) for k in range(group_size)]
+        return made
+
+    monkeypatch.setattr(aspo, "roll_out", fake)
+    stream = aspo.ProblemStream([{"problem": str(i), "answer": ""} for i in range(100)], seed=0)
+    samples = aspo.collect(model, tokenizer, stream, Config(prompts=8, group_size=2, max_refills=20))
+    assert len(samples) == 16 and all(int(s.problem) % 2 == 0 for s in samples)
+    assert len(asked) > 1 and all(len(more) < 8 for more in asked[1:])
+    asked.clear()
+    samples = aspo.collect(model, tokenizer, stream, Config(prompts=8, group_size=2))
+    assert len(asked) == 1 and len(samples) == 16
+
+
+def test_problem_stream_visits_everything_in_an_order_of_its_seed():
+    problems = [{"problem": i} for i in range(10)]
+    take = lambda seed, n: [row["problem"] for row in aspo.ProblemStream(problems, seed).take(n)]
+    assert sorted(take(0, 10)) == list(range(10)) and take(0, 25) == take(0, 25)
+    assert take(0, 20)[10:] != take(0, 10) != take(1, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------- update
+
+
+def run_update(model, optimizer, samples, cfg, pad_id=0, reference=None):
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return update(model, reference, optimizer, schedule, scaler, samples, cfg, pad_id, contextlib.nullcontext)
+
+
+def step_taken(tiny, samples, reference=None, **knobs):
+    """The change of all weights by one call of update with SGD at lr 1, which is minus the gradient for one step."""
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    cfg = Config(**(dict(prompts=4, group_size=4, minibatch=4, epochs=1, grad_clip=1e9) | knobs))
+    stats, norms = run_update(model, torch.optim.SGD(model.parameters(), lr=knobs.get("lr", 1.0)), samples, cfg, reference=reference)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before, stats, norms
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("agg", ["token", "sequence", "constant"])
+def test_gradient_does_not_depend_on_the_micro_batch(tiny, agg):
+    samples = lambda: made_up_samples(tiny[1])
+    whole, _, _ = step_taken(tiny, samples(), micro_tokens=10**6, loss_agg=agg)
+    for micro_tokens in (1, 40, 90):
+        cut, _, _ = step_taken(tiny, samples(), micro_tokens=micro_tokens, loss_agg=agg)
+        assert relative(cut, whole) < 1e-5
+    # and it is the gradient of the definition, one sequence at a time
+    model, total = copy.deepcopy(tiny[0]), 0.0
+    tokens = sum(len(s.response) for s in samples())
+    for s in samples():
+        logp = naive_logp(model, s, 1.0)[0]
+        total = total - s.advantage * {"token": logp.sum() / tokens, "sequence": logp.mean() / 16,
+                                       "constant": logp.sum() / 16 / Config().max_new_tokens}[agg]
+    total.backward()
+    expected = -torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert relative(whole, expected) < 1e-4
+
+
+def test_first_step_is_the_same_for_aspo_and_grpo_and_later_ones_differ(tiny):
+    knobs = dict(lr=0.3)
+    one = {loss: step_taken(tiny, made_up_samples(tiny[1]), loss=loss, **knobs) for loss in ("aspo", "grpo", "no-is")}
+    for change, stats, norms in one.values():
+        assert relative(change, one["grpo"][0]) < 1e-6 and len(norms) == 1
+        assert (stats["log_ratio"] == 0).all() and (stats["weight"] == 1).all()
+    several = {loss: step_taken(tiny, made_up_samples(tiny[1]), loss=loss, minibatch=2, epochs=2, **knobs) for loss in one}
+    for change, stats, norms in several.values():
+        assert len(norms) == 4 and (stats["log_ratio"] != 0).any()
+    assert relative(several["aspo"][0], several["grpo"][0]) > 1e-3
+    assert relative(several["no-is"][0], several["grpo"][0]) > 1e-3
+
+
+def test_old_logp_is_fixed_before_the_first_step(tiny):
+    samples = made_up_samples(tiny[1])
+    expected = [naive_logp(tiny[0], s, 1.0)[0].detach() for s in samples]
+    step_taken(tiny, samples, minibatch=1, epochs=3, lr=0.3)
+    for s, values in zip(samples, expected):
+        torch.testing.assert_close(s.old_logp, values, atol=1e-5, rtol=0)
+
+
+def test_samples_without_signal_count_but_are_not_computed(tiny):
+    samples = made_up_samples(tiny[1], groups=2)
+    for s in samples[4:]:
+        s.advantage, s.reward = 0.0, 1.0
+    full, stats, _ = step_taken(tiny, samples, minibatch=2, prompts=2)
+    assert len(stats["advantage"]) == sum(len(s.response) for s in samples[:4])
+    alone, _, _ = step_taken(tiny, samples[:4], minibatch=2, prompts=2)
+    dropped, _, _ = step_taken(tiny, samples, minibatch=2, prompts=2, drop_uniform_groups=True)
+    share = sum(len(s.response) for s in samples[:4]) / sum(len(s.response) for s in samples)
+    assert relative(full, alone * share) < 1e-5 and relative(dropped, alone) < 1e-5
+    nothing, stats, norms = step_taken(tiny, samples[4:], minibatch=1, prompts=1)
+    assert (nothing == 0).all() and norms == [] and stats == {}
+
+
+def test_truncated_responses_can_be_masked(tiny):
+    samples = made_up_samples(tiny[1], groups=2)
+    for s in samples[::2]:
+        s.truncated = True
+    masked, _, _ = step_taken(tiny, samples, minibatch=2, prompts=2, mask_truncated=True)
+    alone, _, _ = step_taken(tiny, samples[1::2], minibatch=2, prompts=2)
+    assert relative(masked, alone) < 1e-5
+
+
+def test_kl_pulls_towards_the_reference(tiny):
+    reference = copy.deepcopy(tiny[0])
+    moved = copy.deepcopy(tiny[0])
+    torch.manual_seed(5)
+    for p in moved.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    samples = made_up_samples(tiny[1])
+    for s in samples:
+        s.advantage = 0.0
+    kl = []
+    optimizer = torch.optim.SGD(moved.parameters(), lr=0.05)
+    for _ in range(10):
+        stats, norms = run_update(moved, optimizer, samples, Config(kl_coef=1.0, prompts=4, group_size=4, minibatch=4, epochs=1),
+                                  reference=reference)
+        kl.append(stats["kl_ref"].mean().item())
+    assert kl[0] > 1e-4 and kl[-1] < 0.7 * kl[0]
+
+
+def test_micro_batches_keep_everything_within_the_budget():
+    samples = made_up_samples(aspo.tiny_model()[1], groups=8)
+    width = lambda s: len(s.prompt) + len(s.response)
+    batches = micro_batches(samples, 60)
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, samples))
+    assert all(len(b) * max(map(width, b)) <= 60 for b in batches) and len(batches) > 5
+    assert all(len(b) == 1 for b in micro_batches(samples, 1))
+
+
+def test_dropout_is_off(tmp_path):
+    """A model whose config asks for dropout must still give the same log-probabilities twice in train mode."""
+    model, tokenizer = aspo.tiny_model()
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = aspo.load_model(Config(model=str(tmp_path)))
+    model.train()
+    batch = collate(made_up_samples(tokenizer), 0, "cpu")
+    torch.testing.assert_close(*(token_logp(model, *batch, 1.0)[0] for _ in range(2)), atol=0, rtol=0)
+
+
+def test_stop_tokens_come_from_both_places(tiny):
+    model, tokenizer = tiny
+    model.generation_config.eos_token_id = [7, 9]
+    assert aspo.stop_tokens(model, tokenizer) == sorted([7, 9, tokenizer.eos_token_id])
+
+
+def test_prompts_use_the_chat_template_and_the_instruction(tiny):
+    _, tokenizer = tiny
+    assert tokenizer.decode(encode(tokenizer, "1+2", Config(instruction=""))) == "1+2="
+    assert tokenizer.decode(encode(tokenizer, "1+2", Config(instruction="3"))) == "1+2\n3="
+
+
+def test_demonstrations_work_in_steps_and_sometimes_slip():
+    rng = random.Random(0)
+    demos = [aspo.sloppy_demonstration("3+1+5+2", rng) for _ in range(400)]
+    assert all(d.count("=") == 2 and d.split("=")[0].count("+") == 2 for d in demos)
+    right = sum(d.endswith("\n#### 11") for d in demos) / 400
+    assert 0.25 < right < 0.55
+    assert {aspo.sloppy_demonstration("3+1+5", rng, slip=0) for _ in range(50)} == {"4+5=9\n#### 9", "3+6=9\n#### 9"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_run_in_mixed_precision(tmp_path):
+    out = tmp_path / "run"
+    assert aspo.main(["--device", "cuda", "--steps", "2", "--sft_steps", "5", "--out", str(out), "--gradient_checkpointing"]) == 0
+    model = aspo.AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_cpu_trains_in_fp32():
+    assert aspo.choose_precision(torch.device("cpu")) is None
