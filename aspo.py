@@ -886,10 +886,10 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def summary(m: dict, steps: int) -> str:
     """The one line a step that the user reads."""
-    number = lambda value: "  -  " if value is None else f"{value:.3f}"
+    number = lambda value: " n/a " if value is None else f"{value:.3f}"  # no such tokens: every group was uniform
     speed = m["tokens"] / (m["sample_seconds"] + m["update_seconds"])
     line = (f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  entropy {m['entropy']:.3f}  "
-            f"ratio + {number(m['ratio_pos'])} - {number(m['ratio_neg'])}  length {m['response_length']:.1f}  "
+            f"ratio A>0 {number(m['ratio_pos'])} A<0 {number(m['ratio_neg'])}  length {m['response_length']:.1f}  "
             f"cut off {m['truncated']:.0%}  {speed:,.0f} tokens/s")
     return line + (f"  held-out {m['heldout_accuracy']:.3f}" if "heldout_accuracy" in m else "")
 

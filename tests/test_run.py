@@ -19,7 +19,9 @@ SMALL = ["--steps", "3", "--sft_steps", "30", "--prompts", "8", "--minibatch", "
 
 
 def run(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / "aspo.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, str(ROOT / "aspo.py"), *args], cwd=cwd, capture_output=True, timeout=240)
+    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()  # text=True would turn \r into \n
+    return result
 
 
 def rows(path):
@@ -63,7 +65,7 @@ def test_checkpoint_loads_and_generates(finished):
 def test_screen_tells_what_happens(finished):
     out, result = finished
     for words in ("0.3 M parameters", "cpu", "float32", "617 problems", "up to 512 tokens a step", "2 mini-batches x 2 epochs",
-                  "step 3/3", "entropy", "ratio +", "cut off", "tokens/s", "held-out accuracy", str(out), "next: python aspo.py"):
+                  "step 3/3", "entropy", "ratio A>0", "cut off", "tokens/s", "held-out accuracy", str(out), "next: python aspo.py"):
         assert words in result.stdout, words
     for bar in ("warm-up", "sampling", "updating"):
         assert bar in result.stderr, bar
