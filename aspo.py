@@ -150,11 +150,11 @@ def check(cfg: Config) -> None:
     """Raise UserError for values that cannot work, before anything is loaded."""
     for name in ("steps", "prompts", "minibatch", "epochs", "max_new_tokens", "sample_rows", "micro_tokens", "eval_problems",
                  "eval_samples", "log_samples_every", "temperature", "lr", "grad_clip", "dual_clip"):
-        if not getattr(cfg, name) > 0:
+        if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
     for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "weight_decay", "lr_warmup",
                  "sft_steps", "eval_every", "save_every"):
-        if not getattr(cfg, name) >= 0:
+        if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.loss not in WEIGHTS:
         raise UserError(f"unknown loss {cfg.loss!r}; choose one of {', '.join(WEIGHTS)}")
