@@ -601,7 +601,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
     logp, old_logp, mask (B, T); advantages (B, 1) or (B, T). norm is the number of tokens (loss_agg token) or of
     sequences (others) to average over, by default this mask's own: pass the whole mini-batch's when this is a part of it,
     or the gradient depends on how it was cut. entropy (B, T) is needed by entropy_clip, ref_logp (B, T) by kl_coef > 0.
-    Returns a scalar and what happened at each token of the mask: (tokens,) tensors advantage, log_ratio, weight, kl_ref.
+    Returns a scalar and what happened at each token of the mask: (tokens,) tensors advantage, log_ratio, weight, old_prob, kl_ref.
     """
     mask = mask.bool()
     logp, old_logp = logp.float().masked_fill(~mask, 0.0), old_logp.float().masked_fill(~mask, 0.0)
@@ -612,7 +612,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
             cfg = dataclasses.replace(cfg, eps_low=eps, eps_high=eps)
         weight = WEIGHTS[cfg.loss](log_ratio, advantages, mask, cfg)
     per_token = -advantages * weight * logp
-    stats = {"advantage": advantages.expand_as(logp)[mask], "log_ratio": log_ratio[mask], "weight": weight[mask]}
+    stats = {"advantage": advantages.expand_as(logp)[mask], "log_ratio": log_ratio[mask], "weight": weight[mask],
+             "old_prob": old_logp.exp()[mask]}
     if cfg.kl_coef:
         d = (ref_logp.float() - logp).masked_fill(~mask, 0.0)
         kl = d.exp() - d - 1  # k3, http://joschu.net/blog/kl-approx.html
@@ -758,6 +759,10 @@ METRICS = {
     "ratio_neg": ("mean of r over - tokens", "near 1; below 1 when updates do what they should"),
     "weight_pos": ("mean of w over + tokens", "grpo: follows ratio_pos; aspo: its mirror image"),
     "weight_neg": ("mean of w over - tokens", "grpo, aspo: near ratio_neg, less what was clipped"),
+    "weight_pos_low": ("weight_pos over tokens with pi_old < 0.5", "set beside the next: the gap that the paper argues about"),
+    "weight_pos_high": ("weight_pos over tokens with pi_old >= 0.5", "near 1"),
+    "weight_neg_low": ("weight_neg over tokens with pi_old < 0.5", "below 1: these ratios move furthest"),
+    "weight_neg_high": ("weight_neg over tokens with pi_old >= 0.5", "near 1"),
     "clip_frac_pos": ("share of + tokens with w = 0 by the hard clip", "under 0.1; more: lower lr, epochs or mini-batches"),
     "clip_frac_neg": ("share of - tokens with w = 0 by the hard clip", "under 0.1"),
     "dual_clip_frac_pos": ("share of + tokens with w capped at dual_clip", "near 0; aspo only"),
@@ -788,12 +793,13 @@ def token_metrics(stats: dict[str, Tensor], cfg: Config) -> dict[str, float | No
     """The metrics of METRICS that come from policy_loss's per-token stats."""
     mean = lambda values: values.float().mean().item() if values.numel() else None
     if not stats:
-        stats = {name: torch.zeros(0) for name in ("advantage", "log_ratio", "weight")}
-    r, w = ratio(stats["log_ratio"]), stats["weight"]
+        stats = {name: torch.zeros(0) for name in ("advantage", "log_ratio", "weight", "old_prob")}
+    r, w, unlikely = ratio(stats["log_ratio"]), stats["weight"], stats["old_prob"] < 0.5
     result = {}
     for sign, where in (("pos", stats["advantage"] > 0), ("neg", stats["advantage"] < 0)):
         dual = (w >= cfg.dual_clip) if sign == "pos" else (r > cfg.dual_clip)
         result |= {f"ratio_{sign}": mean(r[where]), f"weight_{sign}": mean(w[where]),
+                   f"weight_{sign}_low": mean(w[where & unlikely]), f"weight_{sign}_high": mean(w[where & ~unlikely]),
                    f"clip_frac_{sign}": mean(((w == 0) & ~dual)[where]), f"dual_clip_frac_{sign}": mean(dual[where])}
     result["approx_kl"] = mean(r - 1 - stats["log_ratio"].clamp(-20, 20))
     if "kl_ref" in stats:

@@ -176,14 +176,16 @@ def test_repetition():
 
 def test_metrics_by_sign_count_what_was_clipped():
     ratios, advantages = torch.tensor([0.25, 1.0, 1.5, 0.5, 1.0, 4.0]), torch.tensor([1.0, 1, 1, -1, -1, -1])
-    log_ratio, mask = ratios.log()[None], torch.ones(1, 6)
+    old_logp, mask = torch.tensor([[0.1, 0.9, 0.9, 0.1, 0.1, 0.9]]).log(), torch.ones(1, 6)
     expected = {  # weights: grpo + .25 1 0, - 0 1 0 (dual); aspo + 3 (dual) 1 0, - 0 1 3 (dual)
-        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, dual_clip_frac_pos=0),
-        "aspo": dict(weight_pos=4 / 3, weight_neg=4 / 3, dual_clip_frac_pos=1 / 3),
+        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, dual_clip_frac_pos=0, weight_pos_low=0.25, weight_pos_high=0.5,
+                     weight_neg_low=0.5, weight_neg_high=0),
+        "aspo": dict(weight_pos=4 / 3, weight_neg=4 / 3, dual_clip_frac_pos=1 / 3, weight_pos_low=3, weight_pos_high=0.5,
+                     weight_neg_low=0.5, weight_neg_high=3),
     }
     for loss, values in expected.items():
         cfg = Config(loss=loss)
-        _, stats = policy_loss(log_ratio, torch.zeros(1, 6), advantages[None], mask, cfg)
+        _, stats = policy_loss(old_logp + ratios.log(), old_logp, advantages[None], mask, cfg)
         found = token_metrics(stats, cfg)
         values |= dict(ratio_pos=2.75 / 3, ratio_neg=5.5 / 3, clip_frac_pos=1 / 3, clip_frac_neg=1 / 3, dual_clip_frac_neg=1 / 3,
                        approx_kl=sum(r - 1 - math.log(r) for r in ratios.tolist()) / 6)
