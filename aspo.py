@@ -4,6 +4,8 @@
     python aspo.py --loss grpo                      # the same run with GRPO
     python aspo.py --model qwen-0.5b                # Qwen2.5-0.5B-Instruct on GSM8K, one GPU
     python aspo.py --model DIR --data FILE.jsonl    # a local model; a line is {"problem": ..., "answer": ...}
+    python aspo.py --resume runs/NAME               # go on with a run that was stopped or killed
+    torchrun --nproc-per-node 4 aspo.py ...         # four processes, data-parallel
     python aspo.py --help                           # every knob
 
 One step: sample a group of responses per prompt, score them, compare each with its group, and raise or
@@ -29,22 +31,28 @@ Where we depart from them:
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 import math
+import os
 import random
 import shutil
+import signal
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers.utils.logging
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config,
@@ -81,6 +89,7 @@ class Config:
     data: str | None = knob(None, "arithmetic, gsm8k, svamp, math, a hub id or a .jsonl file; by default what suits the model")
     loss: str = knob("aspo", "the weight function", choices=LOSSES)
     out: str | None = knob(None, "run folder, must be new [runs/<model>-<loss>-s<seed>]")
+    resume: str | None = knob(None, "run folder to go on with, at its last checkpoint and with its flags")
     seed: int = knob(0, "fixes data order, initial weights and samples")
     device: str = knob("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps")
     # rollout
@@ -115,6 +124,8 @@ class Config:
     grad_clip: float = knob(1.0, "gradient norm limit")
     micro_tokens: int = knob(8192, "tokens per forward and backward, padding included; changes memory, not the gradient")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about 30 %% slower")
+    fsdp: bool = knob(False, "under torchrun: shard weights, gradients and optimiser state over the processes")
+    rehearse: bool | None = knob(None, "first run the longest batches that can occur, to meet out-of-memory now [yes on CUDA]")
     # supervised warm-up of the tiny model
     sft_steps: int = knob(400, "warm-up steps on sloppy demonstrations (tiny only)")
     # reports
@@ -122,6 +133,7 @@ class Config:
     eval_problems: int = knob(128, "held-out problems")
     eval_samples: int = knob(2, "samples per held-out problem, at the training temperature")
     save_every: int = knob(50, "steps between checkpoints; 0: only at the end")
+    keep: int = knob(1, "checkpoints to keep; older ones are named checkpoint-<step>")
     log_samples_every: int = knob(10, "steps between whole rollouts written to samples.jsonl")
 
     def __post_init__(self):
@@ -130,6 +142,10 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+
+# What may differ when a run is resumed: it changes reports, memory or speed and not what is learned.
+HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "micro_tokens", "gradient_checkpointing", "fsdp", "rehearse",
+            "eval_every", "save_every", "keep", "log_samples_every")
 
 # alias -> hub id and the defaults that suit it. The real ones are sized for one GPU of 16-24 GB up to 0.6B parameters
 # (fp32 weights, gradients and two Adam moments are 16 bytes a parameter) and of 40 GB from 1.5B.
@@ -149,7 +165,7 @@ PRESETS = {
 def check(cfg: Config) -> None:
     """Raise UserError for values that cannot work, before anything is loaded."""
     for name in ("steps", "prompts", "minibatch", "epochs", "max_new_tokens", "sample_rows", "micro_tokens", "eval_problems",
-                 "eval_samples", "log_samples_every", "temperature", "lr", "grad_clip", "dual_clip"):
+                 "eval_samples", "log_samples_every", "keep", "temperature", "lr", "grad_clip", "dual_clip"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
     for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "weight_decay", "lr_warmup",
@@ -162,8 +178,49 @@ def check(cfg: Config) -> None:
         raise UserError(f"--group_size must be at least 2 (a response is compared with its group), got {cfg.group_size}")
     if cfg.prompts % cfg.minibatch:
         raise UserError(f"--minibatch {cfg.minibatch} must divide --prompts {cfg.prompts}")
+    if cfg.minibatch % world():
+        raise UserError(f"--minibatch {cfg.minibatch} must be divisible by the {world()} processes")
+    if cfg.fsdp and not dist.is_initialized():
+        raise UserError("--fsdp needs several processes: type torchrun --nproc-per-node N aspo.py ... --fsdp")
     if cfg.overlong_buffer >= cfg.max_new_tokens:
         raise UserError(f"--overlong_buffer {cfg.overlong_buffer} must be smaller than --max_new_tokens {cfg.max_new_tokens}")
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+# torchrun starts one process a GPU. Prompts are split over them and groups are not; gradients, normalisers and metrics
+# are summed over all. Without torchrun there is one process and all of this does nothing.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """The value that each process gave, in the order of their ranks. A collective: every process must call it."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or put together if FSDP has sharded it (a collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(total: int, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=rank() > 0)
 
 
 # -------------------------------------------------------------------------------------------------------- problems
@@ -190,7 +247,6 @@ def sloppy_demonstration(problem: str, rng: random.Random, slip: float = 0.35) -
         terms[i:i + 2] = [terms[i] + terms[i + 1] + error]
         states.append("+".join(map(str, terms)))
     return "=".join(states) + f"\n#### {terms[0]}"
-
 
 
 def _box(solution: str) -> str:
@@ -365,9 +421,11 @@ def encode(tokenizer, problem: str, cfg: Config) -> list[int]:
     return tokenizer(f"Question: {text}\nAnswer:").input_ids
 
 
-def check_prompts(problems: list[dict], model, tokenizer, cfg: Config) -> None:
-    """Raise UserError if a prompt and its response do not fit the context, or the vocabulary lacks its characters."""
+def check_prompts(problems: list[dict], model, tokenizer, cfg: Config) -> list[int]:
+    """The longest prompt's ids. Raises UserError if a prompt and its response do not fit the context, or the vocabulary
+    lacks its characters."""
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = []
     for row in problems:
         ids = encode(tokenizer, row["problem"], cfg)
         if len(ids) + cfg.max_new_tokens > context:
@@ -376,6 +434,8 @@ def check_prompts(problems: list[dict], model, tokenizer, cfg: Config) -> None:
         if cfg.model == "tiny" and tokenizer.unk_token_id in ids:
             raise UserError(f"the tiny model reads only the characters {DIGITS_AND_SIGNS!r}; choose another --model for "
                             f"{row['problem'][:60]!r}")
+        longest = max(longest, ids, key=len)
+    return longest
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -481,19 +541,41 @@ def overlong_penalty(length: int, cfg: Config) -> float:
     return -over / cfg.overlong_buffer if cfg.overlong_buffer and over > 0 else 0.0
 
 
+def with_memory(cfg: Config, name: str, least: int, work: Callable):
+    """work(), and again with cfg.<name> halved each time the GPU runs out of memory: results do not depend on that knob."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if getattr(cfg, name) <= least or cfg.fsdp:  # FSDP's processes must keep in step
+                raise UserError(f"out of GPU memory with --{name} {getattr(cfg, name)}; try a smaller model or --max_new_tokens, "
+                                "--gradient_checkpointing True, or more GPUs with --fsdp True") from None
+        setattr(cfg, name, max(least, getattr(cfg, name) // 2))  # out of the except clause, whose traceback holds tensors
+        tqdm.write(f"out of GPU memory: --{name} is {getattr(cfg, name)} from here on")
+        torch.cuda.empty_cache()
+
+
 def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None) -> list[Sample]:
     """Sample and score group_size responses to every problem, `sample_rows` of them at a time."""
     stop_ids = stop_tokens(model, tokenizer)
+    prompts = [encode(tokenizer, row["problem"], cfg) for row in problems]
     samples = []
-    for i in range(0, len(problems), chunk := max(1, cfg.sample_rows // group_size)):
-        some = problems[i:i + chunk]
-        prompts = [encode(tokenizer, row["problem"], cfg) for row in some]
-        responses, entropies = sample(model, prompts, group_size, stop_ids=stop_ids, pad_id=pad_token(tokenizer),
-                                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, bar=bar)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for k, (response, text, entropy) in enumerate(zip(responses, texts, entropies)):
-            row, correct = some[k // group_size], math_reward(text, some[k // group_size]["answer"])
-            samples.append(Sample(row["problem"], row["answer"], prompts[k // group_size], response, text, correct,
+    while len(samples) < len(prompts) * group_size:
+
+        def chunk() -> list[tuple[list[int], float]]:
+            first, share = len(samples) // group_size, min(group_size, cfg.sample_rows)  # a share of a group if need be
+            some = prompts[first:first + max(1, cfg.sample_rows // group_size)]
+            parts = [sample(model, some, min(share, group_size - k), stop_ids=stop_ids, pad_id=pad_token(tokenizer),
+                            max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, bar=bar)
+                     for k in range(0, group_size, share)]
+            return [pair for part in parts for pair in zip(*part)]
+
+        responses = with_memory(cfg, "sample_rows", 1, chunk)
+        texts = tokenizer.batch_decode([response for response, _ in responses], skip_special_tokens=True)
+        for text, (response, entropy) in zip(texts, responses):
+            i = len(samples) // group_size
+            correct = math_reward(text, problems[i]["answer"])
+            samples.append(Sample(problems[i]["problem"], problems[i]["answer"], prompts[i], response, text, correct,
                                   response[-1] not in stop_ids, entropy, correct + overlong_penalty(len(response), cfg)))
     return samples
 
@@ -507,13 +589,15 @@ def groups_of(samples: list[Sample], size: int) -> list[list[Sample]]:
 
 
 def collect(model, tokenizer, stream: ProblemStream, cfg: Config, bar=None) -> list[Sample]:
-    """One rollout of `prompts` groups; dynamic sampling replaces uniform groups up to `max_refills` times."""
+    """This process's share of a rollout of `prompts` groups; dynamic sampling replaces uniform groups, `max_refills` times."""
     groups = []
     for _ in range(1 + cfg.max_refills):
         groups = [group for group in groups if not is_uniform(group)]
-        fresh = roll_out(model, tokenizer, stream.take(cfg.prompts - len(groups)), cfg.group_size, cfg, bar)
-        groups += groups_of(fresh, cfg.group_size)
-        if not any(map(is_uniform, groups)):
+        missing = cfg.prompts // world() - len(groups)
+        problems = stream.take(max(gather(missing)) * world())  # by all in step, so that the streams stay equal
+        groups += groups_of(roll_out(model, tokenizer, problems[rank()::world()][:missing], cfg.group_size, cfg, bar),
+                            cfg.group_size)
+        if not any(gather(any(map(is_uniform, groups)))):
             break
     return sum(groups, [])
 
@@ -689,60 +773,93 @@ def batch_logp(model, samples: list[Sample], cfg: Config, pad_id: int, autocast)
     """Log-probabilities, entropies and mask, each (B, T-1), of one micro-batch of samples."""
     tokens, attention, mask = collate(samples, pad_id, model.device)
     with autocast():
-        return *token_logp(model, tokens, attention, mask, cfg.temperature), mask
+        forward = getattr(model, "token_logp", None) or functools.partial(token_logp, model)  # `shard` makes it a method
+        return *forward(tokens, attention, mask, cfg.temperature), mask
+
+
+def micro_batches_of(samples: list[Sample], cfg: Config, pad_id: int) -> list[list[Sample]]:
+    """micro_batches; under FSDP as many on every process, the missing ones with nothing to learn from."""
+    micros = micro_batches(samples, cfg.micro_tokens)
+    idle = Sample("", "", [pad_id] * 2, [], "", 0.0, False, 0.0, old_logp=torch.zeros(0))
+    return micros + [[idle]] * (max(gather(len(micros))) - len(micros) if cfg.fsdp else 0)
+
+
+def remember(micro: list[Sample], logp: Tensor, mask: Tensor) -> None:
+    for s, values in zip(micro, logp.detach()[mask].split([len(s.response) for s in micro])):
+        s.old_logp = values
+
+
+def concat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    parts = [part for part in parts if part]  # a process that made no step has none
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg: Config, pad_id: int, autocast,
+               bar=None) -> list[dict[str, Tensor]]:
+    """Leave this process's part of one optimiser step's gradient in .grad; returns policy_loss's stats per micro-batch."""
+    model.zero_grad(set_to_none=True)  # a pass that ran out of memory has left a part behind
+    stats = []
+    for micro in micro_batches_of(samples, cfg, pad_id):
+        logp, entropy, mask = batch_logp(model, micro, cfg, pad_id, autocast)
+        if any(s.old_logp is None for s in micro):  # the policy has not changed yet
+            remember(micro, logp, mask)
+        old_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.old_logp for s in micro]).to(logp.device))
+        advantages = torch.tensor([[s.advantage] for s in micro], device=logp.device)  # (B, 1)
+        ref_logp = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp = batch_logp(reference, micro, cfg, pad_id, autocast)[0]
+        loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp)
+        scaler.scale(loss * (world() if cfg.fsdp else 1)).backward()  # FSDP averages where a sum is wanted
+        stats.append(stat)
+        if bar is not None:
+            bar.update(len(micro))
+    return stats
 
 
 def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample], cfg: Config, pad_id: int, autocast,
            bar=None) -> tuple[dict[str, Tensor], list[float]]:
     """Train on one rollout: mini-batches x epochs optimiser steps, old_logp fixed.
 
-    Returns policy_loss's per-token stats over all steps, concatenated, and the gradient norm of each step. Samples without
-    signal (advantage 0 and no KL) count in the normaliser but are not computed; a mini-batch of them makes no step.
+    Returns policy_loss's per-token stats over all steps, concatenated, and the gradient norm of each step; a step whose
+    norm is not finite was left out. Samples without signal (advantage 0 and no KL) count in the normaliser but are not
+    computed; a mini-batch of them makes no step.
     """
     model.train()
-    minibatches = groups_of(samples, cfg.minibatch * cfg.group_size)
+    minibatches = groups_of(samples, cfg.minibatch // world() * cfg.group_size)
     if cfg.drop_uniform_groups:
         minibatches = [[s for g in groups_of(batch, cfg.group_size) if not is_uniform(g) for s in g] for batch in minibatches]
     if cfg.mask_truncated:
         minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
-    active = [micro_batches([s for s in batch if s.advantage or cfg.kl_coef], cfg.micro_tokens) for batch in minibatches]
+    active = [[s for s in batch if s.advantage or cfg.kl_coef] for batch in minibatches]
+    longest = max(len(s.prompt) + len(s.response) for s in samples)
 
-    def remember(micro: list[Sample], logp: Tensor, mask: Tensor) -> None:
-        for s, values in zip(micro, logp.detach()[mask].split([len(s.response) for s in micro])):
-            s.old_logp = values
-
-    with torch.no_grad():  # the first mini-batch meets the unchanged policy in its own first pass
-        for micro in sum(active[1:], []):
+    @torch.no_grad()
+    def remember_all():  # but the first mini-batch, which meets the unchanged policy in its own first pass
+        for micro in micro_batches_of(sum(active[1:], []), cfg, pad_id):
             logp, _, mask = batch_logp(model, micro, cfg, pad_id, autocast)
             remember(micro, logp, mask)
 
+    with_memory(cfg, "micro_tokens", longest, remember_all)
     stats, grad_norms = [], []
-    for batch, micros in list(zip(minibatches, active)) * cfg.epochs:
-        if not micros:
+    for batch, part in list(zip(minibatches, active)) * cfg.epochs:
+        if not any(gather(len(part))):
             continue
-        norm = sum(len(s.response) for s in batch) if cfg.loss_agg == "token" else len(batch)
-        for micro in micros:
-            logp, entropy, mask = batch_logp(model, micro, cfg, pad_id, autocast)
-            if micro[0].old_logp is None:
-                remember(micro, logp, mask)
-            old_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.old_logp for s in micro]))
-            advantages = torch.tensor([[s.advantage] for s in micro], device=logp.device)  # (B, 1)
-            ref_logp = None
-            if reference is not None:
-                with torch.no_grad():
-                    ref_logp = batch_logp(reference, micro, cfg, pad_id, autocast)[0]
-            loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp)
-            scaler.scale(loss).backward()
-            stats.append(stat)
-            if bar is not None:
-                bar.update(len(micro))
+        norm = sum(gather(sum(len(s.response) for s in batch) if cfg.loss_agg == "token" else len(batch)))
+        stats += with_memory(cfg, "micro_tokens", longest,
+                             lambda: accumulate(model, reference, scaler, part, norm, cfg, pad_id, autocast, bar))
+        if world() > 1 and not cfg.fsdp:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
         scaler.unscale_(optimizer)
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
-        scaler.step(optimizer)  # fp16: leaves the step out and lowers the scale if a gradient overflowed
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {name: torch.cat([stat[name] for stat in stats]) for name in (stats[0] if stats else ())}, grad_norms
+        grad_norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item())
+        if math.isfinite(grad_norms[-1]):
+            scaler.step(optimizer)
+            scheduler.step()
+        scaler.update()  # fp16: lowers the scale after an overflow
+    model.zero_grad(set_to_none=True)
+    return concat(stats), grad_norms
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -770,6 +887,7 @@ METRICS = {
     "approx_kl": ("mean of r - 1 - log r, an estimate of KL(old, new)", "under 0.05"),
     "kl_ref": ("mean of exp(d) - d - 1, d = log pi_ref - log pi; only with kl_coef > 0", "grows slowly"),
     "grad_norm": ("mean gradient norm before clipping, 0 if no step was made", "steady; spikes foretell trouble"),
+    "skipped_steps": ("optimiser steps left out because the gradient was not finite", "0; with fp16 a few"),
     "lr": ("learning rate after the step", "follows the schedule"),
     "response_length": ("mean response tokens, stop token included", "no jump to 0 or to the limit"),
     "truncated": ("share of responses without a stop token", "under 0.1; they score 0 whatever they were about to say"),
@@ -846,7 +964,8 @@ def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, cfg.sft_steps // 10, cfg.sft_steps)
     model.train()
-    for _ in tqdm(range(cfg.sft_steps), "warm-up", leave=False, dynamic_ncols=True):
+    bar = progress(cfg.sft_steps, "warm-up")
+    for _ in range(cfg.sft_steps):
         batch = []
         for row in rng.choices(problems, k=32):
             text = sloppy_demonstration(row["problem"], rng)
@@ -858,12 +977,22 @@ def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        bar.update()
+    bar.close()
+
+
+def seed_step(cfg: Config, step: int) -> None:
+    """Seed torch for one step. No step depends on the random numbers that another one drew, so there is no random state
+    to save, and an evaluation changes nothing."""
+    torch.manual_seed(random.Random(f"{cfg.seed} {step}").getrandbits(63) + rank())
 
 
 def heldout_accuracy(model, tokenizer, problems: list[dict], cfg: Config) -> float:
-    """Share of right samples, eval_samples a problem, at the training temperature."""
-    with tqdm(total=len(problems) * cfg.eval_samples, desc="held-out", leave=False, dynamic_ncols=True) as bar:
-        samples = roll_out(model, tokenizer, problems, cfg.eval_samples, cfg, bar)
+    """Share of right samples, eval_samples a problem, at the training temperature, with the same seed every time."""
+    seed_step(cfg, 0)
+    model.eval()
+    with progress(len(problems) * cfg.eval_samples, "held-out") as bar:
+        samples = sum(gather(roll_out(model, tokenizer, problems[rank()::world()], cfg.eval_samples, cfg, bar)), [])
     return sum(s.correct for s in samples) / len(samples)
 
 
@@ -874,15 +1003,125 @@ def choose_precision(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def save(model, tokenizer, folder: Path) -> None:
-    """Write a complete checkpoint beside the old one, then swap them."""
-    new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def shard(model) -> None:
+    """FSDP2: every process keeps 1/N of the weights, gradients and optimiser state, and gathers a layer when it is needed."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module)
+    fully_shard(model)
+    model.token_logp = types.MethodType(token_logp, model)
+    register_fsdp_forward_method(model, "token_logp")  # weights are gathered for this as they are for forward()
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+# A checkpoint is what from_pretrained loads and trainer.pt, written to checkpoint.tmp, flushed, then renamed: at every
+# instant `checkpoint` or the newest `checkpoint-<step>` is complete. Random states are not in it: see seed_step.
+
+MAX_SKIPPED = 10  # optimiser steps in a row with a gradient that is not finite
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def flush(path: Path) -> None:
+    """To the disk, so that not even a power cut leaves a renamed folder with empty files."""
+    if path.is_file() or os.name == "posix":  # Windows cannot open folders
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def kept(out: Path) -> list[Path]:
+    """Older checkpoints, the newest first."""
+    return sorted((f for f in out.glob("checkpoint-*") if f.name[11:].isdigit()), key=lambda f: -int(f.name[11:]))
+
+
+def save(model, tokenizer, optimizer, state: dict, cfg: Config, previous: int) -> None:
+    """Write a checkpoint, by all processes together; the one of step `previous` stays if `keep` > 1. Raises UserError."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() > 0:
+        return
+    out = Path(cfg.out)
+    new, current = out / "checkpoint.tmp", out / "checkpoint"
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+        state |= {"optimizer": moments, "config": asdict(cfg), "sizes": {name: (out / name).stat().st_size for name in LOGS}}
+        torch.save(state, new / "trainer.pt")
+        for path in [*(out / name for name in LOGS), *new.iterdir(), new]:
+            flush(path)
+        if (out / f"checkpoint-{previous}").exists():  # the one that this run was resumed from, for `current` is damaged
+            shutil.rmtree(current, ignore_errors=True)
+        if current.exists():
+            current.rename(out / f"checkpoint-{previous}")
+        new.rename(current)
+        flush(out)
+        for old in kept(out)[cfg.keep - 1:]:
+            shutil.rmtree(old)
+    except Exception as error:  # OSError, but also what safetensors and torch.save make of a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"cannot save step {state['step']} in {out}: {' '.join(str(error).split())[:200]}; the last good "
+                        f"checkpoint is of step {previous}. Make room, then type python aspo.py --resume {out}") from None
+
+
+def load_checkpoint(cfg: Config):
+    """(model, tokenizer, trainer state) of the newest checkpoint that can be read; None if none was written yet."""
+    out, problems = Path(cfg.out), []
+    for folder in (out / "checkpoint", *kept(out)):
+        if not folder.exists():
+            continue
+        try:
+            state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            config, sizes = state["config"], state["sizes"]
+            model, tokenizer = load_model(dataclasses.replace(cfg, model=str(folder)))
+        except Exception as error:
+            problems.append(f"cannot read {folder}: {' '.join(str(error).split())[:200]}")
+            continue
+        if changed := differences(config, cfg):
+            raise UserError(f"{folder} belongs to another run: its --{changed[0]} is {config.get(changed[0])}")
+        if any(not (out / name).exists() or (out / name).stat().st_size < size for name, size in sizes.items()):
+            raise UserError(f"{out}: {' or '.join(LOGS)} is shorter than at step {state['step']}, when {folder} was written; "
+                            "put the files back, or start a new run from it with --model")
+        if problems:
+            say(f"warning: {'; '.join(problems)}; going on from step {state['step']}")
+        return model, tokenizer, state
+    if problems:
+        raise UserError("; ".join(problems) + ". Start again, or --model another folder")
+    return None
+
+
+def differences(saved: dict, cfg: Config) -> list[str]:
+    """Names of the flags that differ and would alter the meaning of a resumed run."""
+    return [name for name, value in asdict(cfg).items() if name not in HARMLESS and saved.get(name) != value]
+
+
+def restore(model, optimizer, scheduler, scaler, stream: ProblemStream, state: dict) -> None:
+    """Put a checkpoint's state back, whatever the number of processes was; the model has its weights already."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    scheduler.load_state_dict(state["scheduler"])
+    scaler.load_state_dict(state["scaler"])
+    stream.position = state["position"]
+
+
+class Stop:
+    """The first SIGINT or SIGTERM lets the current step finish; a second one ends the process at once."""
+
+    signal = 0
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame) -> None:
+        self.signal = number
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -900,95 +1139,177 @@ def summary(m: dict, steps: int) -> str:
     return line + (f"  held-out {m['heldout_accuracy']:.3f}" if "heldout_accuracy" in m else "")
 
 
-def train(cfg: Config) -> dict:
-    """Run a whole training and return the last step's metrics. Raises UserError before any work on bad input."""
+def rehearse(model, sampler, tokenizer, longest: list[int], cfg: Config, autocast) -> None:
+    """Run the longest sampling and update batches that can occur, so that too small a GPU shows it now, not after hours."""
+    pad_id, full = pad_token(tokenizer), len(longest) + cfg.max_new_tokens
+
+    @torch.no_grad()
+    def sampling():
+        share = min(cfg.group_size, cfg.sample_rows)
+        queries = min(max(1, cfg.sample_rows // cfg.group_size), cfg.prompts // world())
+        logits, cache, mask = prefill(sampler, [[*longest, *[pad_id] * (cfg.max_new_tokens - 1)]] * queries, share, pad_id)
+        decode_step(sampler, logits.argmax(-1), cache, mask)
+
+    def updating():
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW's, before it has made them
+        rows = [Sample("", "", longest, [pad_id] * cfg.max_new_tokens, "", 0.0, False, 0.0, advantage=1.0)
+                for _ in range(max(1, cfg.micro_tokens // full))]
+        accumulate(model, None, torch.amp.GradScaler(enabled=False), rows, 1.0, dataclasses.replace(cfg, kl_coef=0.0), pad_id,
+                   autocast)
+        model.zero_grad(set_to_none=True)
+        del moments
+
+    sampler.eval()
+    with_memory(cfg, "sample_rows", 1, sampling)
+    model.train()
+    with_memory(cfg, "micro_tokens", full, updating)
+
+
+def open_run(cfg: Config) -> None:
+    """Make the run folder and its config.json, or check that a run can be resumed there. Raises UserError."""
+    out = Path(cfg.out)
+    if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not overwritten; type --resume {out} to go on with it, or --out with a new name")
+    if rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not cfg.resume:
+                (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            for name in LOGS:
+                (out / name).touch()
+        except OSError as error:
+            raise UserError(f"cannot write in --out {out}: {error.strerror}; choose another folder") from None
+
+
+def train(cfg: Config, stop: Stop | None = None) -> dict:
+    """Run or resume a training and return the last step's metrics. Raises UserError before any work on bad input."""
     check(cfg)
     out = Path(cfg.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not overwritten; type --out with a new name, or remove it")
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and dist.is_initialized() else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     set_seed(cfg.seed)
-    model, tokenizer = load_model(cfg)
+    checkpoint = load_checkpoint(cfg) if cfg.resume else None
+    state = checkpoint[2] if checkpoint else {"step": 0}
+    if state["step"] >= cfg.steps:
+        raise UserError(f"{out} is complete after {state['step']} steps; type --steps with a larger number to go on")
+    model, tokenizer = load_model(cfg) if checkpoint is None or cfg.kl_coef else checkpoint[:2]
     train_problems, heldout = load_problems(cfg)
-    check_prompts(train_problems + heldout, model, tokenizer, cfg)
+    longest = check_prompts(train_problems + heldout, model, tokenizer, cfg)
     transformers.utils.logging.disable_progress_bar()  # of saving; downloads are over
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+    gather(None)  # no process writes before all have found their input good
+    open_run(cfg)
 
     precision = choose_precision(device)
     autocast = lambda: torch.autocast(device.type, dtype=precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     model.to(device)  # fp32 master weights; AdamW must see them and not a half-precision copy
     minibatches = cfg.prompts // cfg.minibatch
-    print(f"model    {cfg.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-          f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
-          f"{str(precision or torch.float32).removeprefix('torch.')}\n"
-          f"data     {cfg.data}: {len(train_problems):,} problems to train on, {len(heldout)} held out\n"
-          f"rollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most {cfg.max_new_tokens} tokens: up to "
-          f"{cfg.prompts * cfg.group_size * cfg.max_new_tokens:,} tokens a step, {cfg.steps} steps\n"
-          f"update   {cfg.loss}, {minibatches} mini-batches x {cfg.epochs} epochs = {minibatches * cfg.epochs} optimiser steps "
-          f"per rollout; at the first every ratio is 1, as it should be\n"
-          f"folder   {out}", flush=True)
+    say(f"model    {cfg.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"on {f'{world()} x ' * (world() > 1)}{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
+        f"{str(precision or torch.float32).removeprefix('torch.')}\n"
+        f"data     {cfg.data}: {len(train_problems):,} problems to train on, {len(heldout)} held out\n"
+        f"rollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most {cfg.max_new_tokens} tokens: up to "
+        f"{cfg.prompts * cfg.group_size * cfg.max_new_tokens:,} tokens a step, {cfg.steps} steps\n"
+        f"update   {cfg.loss}, {minibatches} mini-batches x {cfg.epochs} epochs = {minibatches * cfg.epochs} optimiser steps "
+        f"per rollout; at the first every ratio is 1, as it should be\n"
+        f"folder   {out}")
 
-    if cfg.model == "tiny":
+    if cfg.model == "tiny" and (checkpoint is None or cfg.kl_coef):
         sft_warmup(model, tokenizer, train_problems, cfg)
+        for p in model.parameters() if world() > 1 else ():
+            dist.broadcast(p.data, 0)  # a GPU's warm-up need not be the same to the last bit everywhere
     reference = copy.deepcopy(model).eval() if cfg.kl_coef else None
+    if checkpoint:
+        model = checkpoint[0].to(device)
     # a half-precision copy samples: half the bytes to read per token, and nothing to cast
-    sampler = model if precision is None else copy.deepcopy(model).to(precision).eval()
+    sampler = model if precision is None and not cfg.fsdp else copy.deepcopy(model).to(precision).eval()
     if cfg.gradient_checkpointing:  # only in train mode: while sampling it would turn the key/value cache off
         # its new name, activation_checkpointing_enable, is missing from older releases
         warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.fsdp:
+        shard(model)
+    if cfg.rehearse or (cfg.rehearse is None and device.type == "cuda"):
+        rehearse(model, sampler, tokenizer, longest, cfg, autocast)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     scheduler = get_constant_schedule_with_warmup(optimizer, cfg.lr_warmup)
-    stream, said = ProblemStream(train_problems, cfg.seed), set()
-    before = after = heldout_accuracy(sampler.eval(), tokenizer, heldout, cfg)
-    print(f"held-out accuracy before RL {before:.3f}", flush=True)
+    stream, said, skipped = ProblemStream(train_problems, cfg.seed), set(), 0
+    if checkpoint:
+        restore(model, optimizer, scheduler, scaler, stream, state)
+        before = after = state["before"]
+        say(f"resumed after step {state['step']}")
+    else:
+        before = after = heldout_accuracy(sampler, tokenizer, heldout, cfg)
+        say(f"held-out accuracy before RL {before:.3f}")
+    if rank() == 0:
+        for name in LOGS:  # what was written after the checkpoint comes again
+            os.truncate(out / name, state.get("sizes", {}).get(name, 0))
 
-    for step in range(1, cfg.steps + 1):
+    saved, metrics = state["step"], {}
+    for step in range(saved + 1, cfg.steps + 1):
         started = time.perf_counter()
+        seed_step(cfg, step)
         sampler.eval()
-        with tqdm(total=cfg.prompts * cfg.group_size, desc=f"step {step} sampling", leave=False, dynamic_ncols=True) as bar:
+        with progress(cfg.prompts // world() * cfg.group_size, f"step {step} sampling") as bar:
             samples = collect(sampler, tokenizer, stream, cfg, bar)
         rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)  # (Q, G)
         for s, advantage in zip(samples, group_advantages(rewards, cfg.divide_by_std).flatten().tolist()):
             s.advantage = advantage
+        everyone = sum(gather(samples), [])
         sampled = time.perf_counter()
-        with tqdm(total=len(samples) * cfg.epochs, desc=f"step {step} updating", leave=False, dynamic_ncols=True) as bar:
+        with progress(len(samples) * cfg.epochs, f"step {step} updating") as bar:
             stats, grad_norms = update(model, reference, optimizer, scheduler, scaler, samples, cfg, pad_token(tokenizer),
                                        autocast, bar)
         if sampler is not model:
             with torch.no_grad():
                 for copied, master in zip(sampler.parameters(), model.parameters()):
-                    copied.copy_(master)
+                    copied.copy_(whole(master))
         updated = time.perf_counter()
 
-        metrics = {"step": step} | rollout_metrics(samples, cfg) | token_metrics(stats, cfg) | {
-            "grad_norm": sum(grad_norms) / max(1, len(grad_norms)), "lr": scheduler.get_last_lr()[0],
-            "sample_seconds": sampled - started, "update_seconds": updated - sampled}
+        finite = [norm for norm in grad_norms if math.isfinite(norm)]
+        for norm in grad_norms:
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+        stats = concat(gather({name: values.cpu() for name, values in stats.items()}))
+        metrics = {"step": step} | rollout_metrics(everyone, cfg) | token_metrics(stats, cfg) | {
+            "grad_norm": sum(finite) / max(1, len(finite)), "skipped_steps": len(grad_norms) - len(finite),
+            "lr": scheduler.get_last_lr()[0], "sample_seconds": sampled - started, "update_seconds": updated - sampled}
         if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            metrics["heldout_accuracy"] = after = heldout_accuracy(sampler.eval(), tokenizer, heldout, cfg)
-        append(out / "metrics.jsonl", [metrics])
-        if step == 1 or step % cfg.log_samples_every == 0:
-            append(out / "samples.jsonl", [{"step": step, "problem": s.problem, "prompt": tokenizer.decode(s.prompt), "response": s.text, "gold": s.gold,
-                                            "reward": s.reward, "advantage": s.advantage} for s in samples[:4 * cfg.group_size]])
-        if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
-            save(model, tokenizer, out / "checkpoint")
-        tqdm.write(summary(metrics, cfg.steps))
+            metrics["heldout_accuracy"] = after = heldout_accuracy(sampler, tokenizer, heldout, cfg)
+        if rank() == 0:
+            append(out / "metrics.jsonl", [metrics])
+            if step == 1 or step % cfg.log_samples_every == 0:
+                append(out / "samples.jsonl", [
+                    {"step": step, "problem": s.problem, "prompt": tokenizer.decode(s.prompt), "response": s.text,
+                     "gold": s.gold, "reward": s.reward, "advantage": s.advantage} for s in samples[:4 * cfg.group_size]])
+        say(summary(metrics, cfg.steps))
         for key, text in warnings_for(metrics, minibatches * cfg.epochs).items():
             if key not in said:
                 said.add(key)
-                tqdm.write(f"warning: {text}")
+                say(f"warning: {text}")
+        stopping = any(gather(stop is not None and stop.signal)) or skipped >= MAX_SKIPPED
+        if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
+            save(model, tokenizer, optimizer, {
+                "step": step, "before": before, "position": stream.position, "scheduler": scheduler.state_dict(),
+                "scaler": scaler.state_dict()}, cfg, saved)
+            saved = step
+        if skipped >= MAX_SKIPPED:
+            raise UserError(f"stopped at step {step}: {skipped} optimiser steps in a row had a gradient that is not finite, and "
+                            f"were left out; lower --lr or --temperature. The checkpoint in {out} is good")
+        if stopping:
+            say(f"stopped after step {step}; to go on type python aspo.py --resume {out}")
+            return metrics
 
     rival = "grpo" if cfg.loss != "grpo" else "aspo"
-    print(f"held-out accuracy {before:.3f} -> {after:.3f} ({len(heldout)} problems x {cfg.eval_samples} samples)\n"
-          f"results in {out}: metrics.jsonl, samples.jsonl, checkpoint/\n"
-          f"next: python aspo.py --model {cfg.model} --loss {rival}" +
-          ("\n      python aspo.py --model qwen-0.5b    (a real model on GSM8K, on a GPU)" if cfg.model == "tiny" else ""))
+    say(f"held-out accuracy {before:.3f} -> {after:.3f} ({len(heldout)} problems x {cfg.eval_samples} samples)\n"
+        f"results in {out}: metrics.jsonl, samples.jsonl, checkpoint/\n"
+        f"next: python aspo.py --model {cfg.model} --loss {rival}" +
+        ("\n      python aspo.py --model qwen-0.5b    (a real model on GSM8K, on a GPU)" if cfg.model == "tiny" else ""))
     return metrics
 
 
@@ -1003,9 +1324,22 @@ def parse(argv: list[str] | None = None) -> Config:
         raise UserError(f"{message}; see python aspo.py --help")
 
     parser.error = refuse
-    model = parser.parse_known_args(argv)[0].model
+    typed = parser.parse_known_args(argv)[0]
+    if typed.resume:
+        path = Path(typed.resume) / "config.json"
+        try:
+            run = asdict(Config(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--resume {typed.resume}: cannot read {path} ({error}); expected the folder of a run") from None
+        parser.set_defaults(**run)
+        cfg = Config(**vars(parser.parse_args(argv)))
+        if changed := differences(run, cfg):
+            raise UserError(f"--{changed[0]} {getattr(cfg, changed[0])} would alter the run in {typed.resume}, which has "
+                            f"{run[changed[0]]}; leave it out, or start a new run")
+        cfg.out = cfg.resume
+        return cfg
     real = dict(data="gsm8k", instruction="Please reason step by step, and put your final answer within \\boxed{}.")
-    parser.set_defaults(**(real | PRESETS.get(model, (model, {}))[1]))
+    parser.set_defaults(**(real | PRESETS.get(typed.model, (typed.model, {}))[1]))
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.data == "arithmetic":
         cfg.instruction = ""
@@ -1017,11 +1351,18 @@ def parse(argv: list[str] | None = None) -> Config:
 def main(argv: list[str] | None = None) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported below
     try:
-        train(parse(argv))
-    except UserError as error:
+        cfg = parse(argv)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        stop = Stop()
+        train(cfg, stop)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return stop.signal and 128 + stop.signal
 
 
 if __name__ == "__main__":
