@@ -208,6 +208,18 @@ def gather(value) -> list:
     return values
 
 
+def first(work: Callable[[], None]) -> None:
+    """Let the first process alone do it, and raise its UserError in all of them."""
+    error = None
+    if rank() == 0:
+        try:
+            work()
+        except UserError as reason:
+            error = reason
+    if error := gather(error)[0]:
+        raise error
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as it is, or put together if FSDP has sharded it (a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -1040,31 +1052,33 @@ def save(model, tokenizer, optimizer, state: dict, cfg: Config, previous: int) -
     """Write a checkpoint, by all processes together; the one of step `previous` stays if `keep` > 1. Raises UserError."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank() > 0:
-        return
     out = Path(cfg.out)
-    new, current = out / "checkpoint.tmp", out / "checkpoint"
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new, state_dict=weights)
-        tokenizer.save_pretrained(new)
-        state |= {"optimizer": moments, "config": asdict(cfg), "sizes": {name: (out / name).stat().st_size for name in LOGS}}
-        torch.save(state, new / "trainer.pt")
-        for path in [*(out / name for name in LOGS), *new.iterdir(), new]:
-            flush(path)
-        if (out / f"checkpoint-{previous}").exists():  # the one that this run was resumed from, for `current` is damaged
-            shutil.rmtree(current, ignore_errors=True)
-        if current.exists():
-            current.rename(out / f"checkpoint-{previous}")
-        new.rename(current)
-        flush(out)
-        for old in kept(out)[cfg.keep - 1:]:
-            shutil.rmtree(old)
-    except Exception as error:  # OSError, but also what safetensors and torch.save make of a full disk
-        shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"cannot save step {state['step']} in {out}: {' '.join(str(error).split())[:200]}; the last good "
-                        f"checkpoint is of step {previous}. Make room, then type python aspo.py --resume {out}") from None
+    new, current, before = out / "checkpoint.tmp", out / "checkpoint", out / f"checkpoint-{previous}"
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def write():
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            model.save_pretrained(new, state_dict=weights)
+            tokenizer.save_pretrained(new)
+            sizes = {name: (out / name).stat().st_size for name in LOGS}
+            torch.save(state | {"optimizer": moments, "config": asdict(cfg), "sizes": sizes}, new / "trainer.pt")
+            for path in [*(out / name for name in LOGS), *new.iterdir(), new]:
+                flush(path)
+            if before.exists():  # the run was resumed from it, because `current` is damaged
+                shutil.rmtree(current, ignore_errors=True)
+            if current.exists():
+                current.rename(before)
+            new.rename(current)
+            flush(out)
+            for old in kept(out)[cfg.keep - 1:]:
+                shutil.rmtree(old)
+        except Exception as error:  # OSError, but also what safetensors and torch.save make of a full disk
+            shutil.rmtree(new, ignore_errors=True)
+            raise UserError(f"cannot save step {state['step']} in {out}: {' '.join(str(error).split())[:200]}; the last good "
+                            f"checkpoint is of step {previous}. Make room, then type python aspo.py --resume {out}") from None
+
+    first(write)
 
 
 def load_checkpoint(cfg: Config):
@@ -1170,15 +1184,14 @@ def open_run(cfg: Config) -> None:
     out = Path(cfg.out)
     if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not overwritten; type --resume {out} to go on with it, or --out with a new name")
-    if rank() == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not cfg.resume:
-                (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-            for name in LOGS:
-                (out / name).touch()
-        except OSError as error:
-            raise UserError(f"cannot write in --out {out}: {error.strerror}; choose another folder") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not cfg.resume:
+            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+        for name in LOGS:
+            (out / name).touch()
+    except OSError as error:
+        raise UserError(f"cannot write in --out {out}: {error.strerror}; choose another folder") from None
 
 
 def train(cfg: Config, stop: Stop | None = None) -> dict:
@@ -1202,8 +1215,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
     train_problems, heldout = load_problems(cfg)
     longest = check_prompts(train_problems + heldout, model, tokenizer, cfg)
     transformers.utils.logging.disable_progress_bar()  # of saving; downloads are over
-    gather(None)  # no process writes before all have found their input good
-    open_run(cfg)
+    first(lambda: open_run(cfg))
 
     precision = choose_precision(device)
     autocast = lambda: torch.autocast(device.type, dtype=precision, enabled=precision is not None)
@@ -1359,9 +1371,14 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print(f"error: process {rank()} lost contact with another one, whose own message tells why; the last checkpoint in "
+              f"{cfg.out} is good: type torchrun --nproc-per-node N aspo.py --resume {cfg.out}", file=sys.stderr)
+        return 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return stop.signal and 128 + stop.signal
 
 
