@@ -115,6 +115,7 @@ class Config:
     loss_agg: str | None = knob(None, "mean over tokens, mean of sequence means, or sum / (sequences x max_new_tokens) "
                                       "[token; gspo: sequence; dr-grpo: constant]", choices=("token", "sequence", "constant"))
     kl_coef: float = knob(0.0, "weight of the k3 KL to the initial model; 0 keeps that model out of memory")
+    tis_cap: float = knob(0.0, "correct for the sampler's rounding by exp(old_logp - sampler's logp), capped here (2 is usual); 0 is off")
     # update
     minibatch: int = knob(8, "prompts per optimiser step; prompts / minibatch * epochs steps use one rollout")
     epochs: int = knob(2, "passes over a rollout; with a single update per rollout all ratios are 1")
@@ -168,7 +169,7 @@ def check(cfg: Config) -> None:
                  "eval_samples", "log_samples_every", "keep", "temperature", "lr", "grad_clip", "dual_clip"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "weight_decay", "lr_warmup",
+    for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "tis_cap", "weight_decay", "lr_warmup",
                  "sft_steps", "eval_every", "save_every"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
@@ -477,39 +478,45 @@ def decode_step(model, token: Tensor, cache, mask: Tensor):
     return out.logits[:, -1], mask
 
 
-def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw a token (N,) from logits (N, V) and give the entropy (N,) in nats; temperature 0 takes the most likely one."""
+def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a token (N,) from logits (N, V); temperature 0 takes the most likely one.
+
+    Returns it, its log-probability (N,) and the entropy (N,) in nats, both before top_p.
+    """
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     probs = logp.exp()
     entropy = -(probs * logp.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
     if temperature == 0:
-        return logits.argmax(-1), entropy
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
-        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
-    return torch.multinomial(probs, 1)[:, 0], entropy
+        token = logits.argmax(-1)
+    else:
+        if top_p < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
+            probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
+        token = torch.multinomial(probs, 1)[:, 0]
+    return token, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], group_size: int, *, stop_ids: list[int], pad_id: int, max_new_tokens: int,
-           temperature: float = 1.0, top_p: float = 1.0, bar=None) -> tuple[list[list[int]], list[float]]:
+           temperature: float = 1.0, top_p: float = 1.0, bar=None) -> list[tuple[list[int], Tensor, float]]:
     """Sample group_size responses to every prompt.
 
-    Returns Q*G token lists, a group's side by side, each up to and including its first stop token (absent if cut off),
-    and for each the policy's mean entropy over its tokens, in nats at the given temperature.
+    Returns for each of Q*G responses, a group's side by side: its tokens up to and including the first stop token (absent
+    if cut off), their log-probabilities (tokens,), and the policy's mean entropy over them in nats, at this temperature.
     """
     logits, cache, mask = prefill(model, prompts, group_size, pad_id)
     n, device = len(logits), logits.device
     tokens = torch.full((n, max_new_tokens), pad_id, device=device)
+    logps = torch.zeros(n, max_new_tokens, device=device)
     entropy = torch.zeros(n, device=device)
     length = torch.full((n,), max_new_tokens, device=device)
     stops = torch.tensor(stop_ids, device=device)
     row = torch.arange(n, device=device)  # the response that each live row of the cache writes
     for t in range(max_new_tokens):
-        token, h = pick(logits, temperature, top_p)
+        token, logp, h = pick(logits, temperature, top_p)
         writing = length[row] > t  # a row that has stopped is computed on until the next look, and ignored
-        tokens[row, t] = token
+        tokens[row, t], logps[row, t] = token, logp
         entropy[row] += h * writing
         length[row] = torch.where(writing & torch.isin(token, stops), t + 1, length[row])
         last = t + 1 == max_new_tokens
@@ -523,8 +530,8 @@ def sample(model, prompts: list[list[int]], group_size: int, *, stop_ids: list[i
                 cache.batch_select_indices(live)
                 token, mask, row = token[live], mask[live], row[live]
         logits, mask = decode_step(model, token, cache, mask)
-    responses = [ids[:k] for ids, k in zip(tokens.tolist(), length.tolist())]
-    return responses, (entropy / length).tolist()
+    return [(ids[:k], logp[:k], h) for ids, logp, k, h in
+            zip(tokens.tolist(), logps.cpu(), length.tolist(), (entropy / length).tolist())]
 
 
 # ---------------------------------------------------------------------------------------------- rollout and rewards
@@ -545,6 +552,7 @@ class Sample:
     reward: float = 0.0  # correct minus the overlong penalty
     advantage: float = 0.0
     old_logp: Tensor | None = None  # (response tokens,) under the policy before the rollout's first update
+    sampler_logp: Tensor | None = None  # (response tokens,) as the sampler saw it: the same but for rounding
 
 
 def overlong_penalty(length: int, cfg: Config) -> float:
@@ -574,21 +582,21 @@ def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Confi
     samples = []
     while len(samples) < len(prompts) * group_size:
 
-        def chunk() -> list[tuple[list[int], float]]:
+        def chunk() -> list[tuple[list[int], Tensor, float]]:
             first, share = len(samples) // group_size, min(group_size, cfg.sample_rows)  # a share of a group if need be
             some = prompts[first:first + max(1, cfg.sample_rows // group_size)]
-            parts = [sample(model, some, min(share, group_size - k), stop_ids=stop_ids, pad_id=pad_token(tokenizer),
-                            max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, bar=bar)
-                     for k in range(0, group_size, share)]
-            return [pair for part in parts for pair in zip(*part)]
+            return [response for k in range(0, group_size, share) for response in
+                    sample(model, some, min(share, group_size - k), stop_ids=stop_ids, pad_id=pad_token(tokenizer),
+                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, bar=bar)]
 
         responses = with_memory(cfg, "sample_rows", 1, chunk)
-        texts = tokenizer.batch_decode([response for response, _ in responses], skip_special_tokens=True)
-        for text, (response, entropy) in zip(texts, responses):
+        texts = tokenizer.batch_decode([response for response, _, _ in responses], skip_special_tokens=True)
+        for text, (response, logp, entropy) in zip(texts, responses):
             i = len(samples) // group_size
             correct = math_reward(text, problems[i]["answer"])
             samples.append(Sample(problems[i]["problem"], problems[i]["answer"], prompts[i], response, text, correct,
-                                  response[-1] not in stop_ids, entropy, correct + overlong_penalty(len(response), cfg)))
+                                  response[-1] not in stop_ids, entropy, correct + overlong_penalty(len(response), cfg),
+                                  sampler_logp=logp))
     return samples
 
 
@@ -691,13 +699,15 @@ def entropy_dependent_eps(entropy: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cfg: Config, *, norm: float | None = None,
-                entropy: Tensor | None = None, ref_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                entropy: Tensor | None = None, ref_logp: Tensor | None = None,
+                sampler_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """-A * w * log pi, whose gradient is the method's; the value itself means nothing.
 
     logp, old_logp, mask (B, T); advantages (B, 1) or (B, T). norm is the number of tokens (loss_agg token) or of
     sequences (others) to average over, by default this mask's own: pass the whole mini-batch's when this is a part of it,
-    or the gradient depends on how it was cut. entropy (B, T) is needed by entropy_clip, ref_logp (B, T) by kl_coef > 0.
-    Returns a scalar and what happened at each token of the mask: (tokens,) tensors advantage, log_ratio, weight, old_prob, kl_ref.
+    or the gradient depends on how it was cut. entropy (B, T) is needed by entropy_clip, ref_logp (B, T) by kl_coef > 0,
+    sampler_logp (B, T) by tis_cap > 0. Returns a scalar and what happened at each token of the mask: (tokens,) tensors
+    advantage, log_ratio, weight, old_prob, mismatch, kl_ref.
     """
     mask = mask.bool()
     logp, old_logp = logp.float().masked_fill(~mask, 0.0), old_logp.float().masked_fill(~mask, 0.0)
@@ -707,9 +717,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
             eps = entropy_dependent_eps(entropy, mask)
             cfg = dataclasses.replace(cfg, eps_low=eps, eps_high=eps)
         weight = WEIGHTS[cfg.loss](log_ratio, advantages, mask, cfg)
-    per_token = -advantages * weight * logp
+        gap = torch.zeros_like(logp) if sampler_logp is None else (old_logp - sampler_logp.float()).masked_fill(~mask, 0.0)
+        correction = gap.exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else 1.0  # truncated importance sampling
+    per_token = -advantages * weight * correction * logp
     stats = {"advantage": advantages.expand_as(logp)[mask], "log_ratio": log_ratio[mask], "weight": weight[mask],
-             "old_prob": old_logp.exp()[mask]}
+             "old_prob": old_logp.exp()[mask], "mismatch": gap.abs()[mask]}
     if cfg.kl_coef:
         d = (ref_logp.float() - logp).masked_fill(~mask, 0.0)
         kl = d.exp() - d - 1  # k3, http://joschu.net/blog/kl-approx.html
@@ -792,7 +804,7 @@ def batch_logp(model, samples: list[Sample], cfg: Config, pad_id: int, autocast)
 def micro_batches_of(samples: list[Sample], cfg: Config, pad_id: int) -> list[list[Sample]]:
     """micro_batches; under FSDP as many on every process, the missing ones with nothing to learn from."""
     micros = micro_batches(samples, cfg.micro_tokens)
-    idle = Sample("", "", [pad_id] * 2, [], "", 0.0, False, 0.0, old_logp=torch.zeros(0))
+    idle = Sample("", "", [pad_id] * 2, [], "", 0.0, False, 0.0, old_logp=torch.zeros(0), sampler_logp=torch.zeros(0))
     return micros + [[idle]] * (max(gather(len(micros))) - len(micros) if cfg.fsdp else 0)
 
 
@@ -817,11 +829,14 @@ def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg
             remember(micro, logp, mask)
         old_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.old_logp for s in micro]).to(logp.device))
         advantages = torch.tensor([[s.advantage] for s in micro], device=logp.device)  # (B, 1)
-        ref_logp = None
+        sampler_logp = ref_logp = None
+        if all(s.sampler_logp is not None for s in micro):
+            sampler_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.sampler_logp for s in micro]).to(logp.device))
         if reference is not None:
             with torch.no_grad():
                 ref_logp = batch_logp(reference, micro, cfg, pad_id, autocast)[0]
-        loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp)
+        loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp,
+                                 sampler_logp=sampler_logp)
         scaler.scale(loss * (world() if cfg.fsdp else 1)).backward()  # FSDP averages where a sum is wanted
         stats.append(stat)
         if bar is not None:
@@ -897,6 +912,7 @@ METRICS = {
     "dual_clip_frac_pos": ("share of + tokens with w capped at dual_clip", "near 0; aspo only"),
     "dual_clip_frac_neg": ("share of - tokens with r > dual_clip", "near 0"),
     "approx_kl": ("mean of r - 1 - log r, an estimate of KL(old, new)", "under 0.05"),
+    "sampler_mismatch": ("mean of |log pi_old - the log-probability that the sampler saw|", "1e-6 in fp32; more in half precision"),
     "kl_ref": ("mean of exp(d) - d - 1, d = log pi_ref - log pi; only with kl_coef > 0", "grows slowly"),
     "grad_norm": ("mean gradient norm before clipping, 0 if no step was made", "steady; spikes foretell trouble"),
     "skipped_steps": ("optimiser steps left out because the gradient was not finite", "0; with fp16 a few"),
@@ -923,7 +939,7 @@ def token_metrics(stats: dict[str, Tensor], cfg: Config) -> dict[str, float | No
     """The metrics of METRICS that come from policy_loss's per-token stats."""
     mean = lambda values: values.float().mean().item() if values.numel() else None
     if not stats:
-        stats = {name: torch.zeros(0) for name in ("advantage", "log_ratio", "weight", "old_prob")}
+        stats = {name: torch.zeros(0) for name in ("advantage", "log_ratio", "weight", "old_prob", "mismatch")}
     r, w, unlikely = ratio(stats["log_ratio"]), stats["weight"], stats["old_prob"] < 0.5
     result = {}
     for sign, where in (("pos", stats["advantage"] > 0), ("neg", stats["advantage"] < 0)):
@@ -932,6 +948,7 @@ def token_metrics(stats: dict[str, Tensor], cfg: Config) -> dict[str, float | No
                    f"weight_{sign}_low": mean(w[where & unlikely]), f"weight_{sign}_high": mean(w[where & ~unlikely]),
                    f"clip_frac_{sign}": mean(((w == 0) & ~dual)[where]), f"dual_clip_frac_{sign}": mean(dual[where])}
     result["approx_kl"] = mean(r - 1 - stats["log_ratio"].clamp(-20, 20))
+    result["sampler_mismatch"] = mean(stats["mismatch"])
     if "kl_ref" in stats:
         result["kl_ref"] = mean(stats["kl_ref"])
     return result

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ASPO = Path(__file__).resolve().parent.parent / "aspo.py"
-FLAGS = ("--sft_steps 20 --prompts 4 --group_size 4 --minibatch 2 --max_new_tokens 16 --lr 1e-3 --eval_problems 8 "
+FLAGS = ("--sft_steps 20 --prompts 4 --group_size 4 --minibatch 2 --max_new_tokens 16 --lr 2e-4 --eval_problems 8 "
          "--overlong_buffer 15 --eval_every 7 --log_samples_every 3 --save_every 1 --keep 2 --device cpu").split()
 
 

@@ -114,7 +114,8 @@ def test_greedy_sampling_is_generate(tiny):
     prompts = [ids(tokenizer, text) for text in PROMPTS] + [ids(tokenizer, f"{a}+{b}=") for a in range(4) for b in (3, 7)]
     free = model.generate(torch.tensor([prompts[4]]), do_sample=False, max_new_tokens=45, eos_token_id=-1)
     for stop in sorted(set(free[0, -30:].tolist()))[:2]:  # an untrained model never says eos; stop at what it does say
-        responses, _ = sample(model, prompts, 2, stop_ids=[stop], pad_id=0, max_new_tokens=45, temperature=0)
+        drawn = sample(model, prompts, 2, stop_ids=[stop], pad_id=0, max_new_tokens=45, temperature=0)
+        responses = [response for response, _, _ in drawn]
         for i, prompt in enumerate(prompts):
             expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
                                       max_new_tokens=45, eos_token_id=stop, pad_token_id=0)[0, len(prompt):].tolist()
@@ -127,7 +128,7 @@ def test_samples_follow_the_softmax(tiny):
     model, tokenizer = tiny
     prompt = ids(tokenizer, "1+2=")
     torch.manual_seed(1)
-    responses, _ = draw(model, tokenizer, [prompt], 20_000, max_new_tokens=1, temperature=0.7)
+    responses = [response for response, _, _ in draw(model, tokenizer, [prompt], 20_000, max_new_tokens=1, temperature=0.7)]
     exact = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1) * 20_000
     counts = torch.bincount(torch.tensor(responses)[:, 0], minlength=len(exact))
     assert ((counts - exact) ** 2 / exact).sum() < 49
@@ -137,23 +138,25 @@ def test_samples_follow_the_softmax(tiny):
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5000, 4)
-    token, entropy = pick(logits, 1.0, top_p=0.7)
+    token, logp, entropy = pick(logits, 1.0, top_p=0.7)
     share = token.bincount(minlength=4) / 5000
     assert share.tolist() == pytest.approx([5 / 8, 3 / 8, 0, 0], abs=0.03)
     assert entropy[0].item() == pytest.approx(1.1421, abs=1e-3)  # of the whole softmax
+    assert {round(value, 4) for value in logp.exp().tolist()} == {0.5, 0.3}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_sampler_and_trainer_agree_on_the_policy(tiny, temperature):
-    """The sampler's entropy, through cache and compaction, is the trainer's on the same tokens at the same temperature."""
+    """What the sampler saw, through cache and compaction, is the trainer's on the same tokens at the same temperature."""
     model, tokenizer = tiny
     torch.manual_seed(2)
     cfg = Config(data="arithmetic", instruction="", max_new_tokens=40, temperature=temperature, sample_rows=8)
     samples = roll_out(model, tokenizer, aspo.all_arithmetic_problems()[:6], 4, cfg)
     assert {len(s.response) for s in samples} != {40}
     tokens, attention, mask = collate(samples, tokenizer.pad_token_id, "cpu")
-    _, entropy = token_logp(model, tokens, attention, mask, temperature)
+    logp, entropy = token_logp(model, tokens, attention, mask, temperature)
     for i, s in enumerate(samples):
+        torch.testing.assert_close(s.sampler_logp, logp[i][mask[i]], rtol=0, atol=1e-4)
         assert s.entropy == pytest.approx(entropy[i][mask[i]].mean().item(), abs=1e-4)
         assert (s.response[-1] == tokenizer.eos_token_id) != s.truncated
         assert tokenizer.eos_token_id not in s.response[:-1]
@@ -162,11 +165,12 @@ def test_sampler_and_trainer_agree_on_the_policy(tiny, temperature):
 def test_sampling_never_recomputes_under_gradient_checkpointing(tiny):
     model, tokenizer = tiny
     prompts = [ids(tokenizer, text) for text in PROMPTS]
-    plain, _ = draw(model, tokenizer, prompts, 2, max_new_tokens=20, temperature=0)
+    greedy = lambda: [response for response, _, _ in draw(model, tokenizer, prompts, 2, max_new_tokens=20, temperature=0)]
+    plain = greedy()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     widths = []
     model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
-    assert draw(model, tokenizer, prompts, 2, max_new_tokens=20, temperature=0)[0] == plain
+    assert greedy() == plain
     assert len(widths) > 2 and set(widths[1:]) == {1}  # the cache is on: one new token a step
 
 
