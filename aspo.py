@@ -737,6 +737,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 # -------------------------------------------------------------------------------------- log-probabilities and update
 
 
+MICRO_COST = 128  # tokens that cost as much as one more micro-batch does
 CHUNK_LOGITS = 2**26  # logits that exist at a time: 256 MiB in fp32
 
 
@@ -782,15 +783,22 @@ def collate(samples: list[Sample], pad_id: int, device) -> tuple[Tensor, Tensor,
 
 
 def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Cut samples, longest first, so that rows x width <= max_tokens (a longer sample goes alone)."""
-    batches, width = [], 0
-    for s in sorted(samples, key=lambda s: -len(s.prompt) - len(s.response)):
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
-            batches[-1].append(s)
-        else:
-            batches.append([s])
-            width = len(s.prompt) + len(s.response)
-    return batches
+    """Cut samples into rows x width <= max_tokens (a longer one goes alone) with as little padding as pays for its pieces.
+
+    Among samples sorted by length every piece is a range, so the best cut of the first n follows from those of fewer.
+    """
+    samples = sorted(samples, key=lambda s: len(s.prompt) + len(s.response))
+    best, start = [0], []  # least cost of the first n samples, and where the last piece of that cut begins
+    for n, longest in enumerate(samples, 1):
+        width = len(longest.prompt) + len(longest.response)
+        fits = range(max(0, n - max(1, max_tokens // width)), n)
+        start.append(min(fits, key=lambda i: best[i] + (n - i) * width))
+        best.append(best[start[-1]] + (n - start[-1]) * width + MICRO_COST)
+    batches, n = [], len(samples)
+    while n:
+        batches.append(samples[start[n - 1]:n])
+        n = start[n - 1]
+    return batches  # the longest first
 
 
 def batch_logp(model, samples: list[Sample], cfg: Config, pad_id: int, autocast) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Sampling, log-probabilities, masks and the update, on small random models, against slower and plainer ways."""
 import contextlib
 import copy
+import itertools
 import random
 
 import pytest
@@ -313,6 +314,23 @@ def test_micro_batches_keep_everything_within_the_budget():
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, samples))
     assert all(len(b) * max(map(width, b)) <= 60 for b in batches) and len(batches) > 5
     assert all(len(b) == 1 for b in micro_batches(samples, 1))
+
+
+def test_micro_batches_are_the_cheapest_cut():
+    """Against every way to cut eight sorted samples; a piece costs its padded tokens and MICRO_COST."""
+    rng = random.Random(0)
+    for budget in (300, 700, 2000):
+        samples = [Sample("", "", [5], [1] * rng.randrange(1, 400), "", 0, False, 0) for _ in range(8)]
+        sizes = sorted(1 + len(s.response) for s in samples)
+        cost = lambda pieces: sum(len(piece) * max(piece) + aspo.MICRO_COST for piece in pieces)
+        cuts = []
+        for where in itertools.product((False, True), repeat=7):
+            edges = [0, *(i + 1 for i, cut in enumerate(where) if cut), 8]
+            pieces = [sizes[a:b] for a, b in zip(edges, edges[1:])]
+            if all(len(piece) == 1 or len(piece) * max(piece) <= budget for piece in pieces):
+                cuts.append(cost(pieces))
+        found = [[1 + len(s.response) for s in batch] for batch in micro_batches(samples, budget)]
+        assert cost(found) == min(cuts)
 
 
 def test_dropout_is_off(tmp_path):

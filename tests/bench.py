@@ -1,0 +1,205 @@
+"""Our sampler and update beside `model.generate` and an update on full logits: speed and memory, in one run.
+
+    python tests/bench.py                               # the tiny model
+    python tests/bench.py --model DIR                   # a local model, such as a pretrained one of 135 M parameters
+    python tests/bench.py --model DIR --prompt_tokens 700 --prompts 2
+    python tests/bench.py --model random-0.5b --prompts 32 --group 16 --prompt_tokens 256 --new_tokens 1024   # on a GPU
+
+Both sides take turns, `--rounds` times each, and the ratio is that of the medians: absolute times of a shared machine
+mean little. Memory is the peak above the loaded model, each in a process of its own.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from conftest import aspo
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+# The public configs of Qwen2.5-0.5B and -1.5B. Speed needs no trained weights.
+RANDOM = {
+    "random-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    "random-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help=f"tiny, a folder, {', '.join(RANDOM)}")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt_tokens", type=int, default=96, help="the longest prompt's; the others have down to half of it")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--micro_tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one side once, in its own process, for its peak memory
+    return parser.parse_args()
+
+
+def load(name: str, device: torch.device):
+    torch.manual_seed(0)
+    if name == "tiny":
+        model = aspo.tiny_model()[0]
+    elif name in RANDOM:
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, **RANDOM[name]))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.to(device)
+
+
+def stop_ids(model, new_tokens: int) -> list[int]:
+    """Random stop tokens, as many as end an untrained model's responses after new_tokens / 2 on average: geometric lengths."""
+    vocabulary = model.config.vocab_size
+    return torch.randperm(vocabulary, generator=torch.Generator().manual_seed(1))[:max(1, 2 * vocabulary // new_tokens)].tolist()
+
+
+def random_prompts(model, args) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.linspace(args.prompt_tokens / 2, args.prompt_tokens, args.prompts).int().tolist()
+    return [torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load(args.model, self.device)
+        self.precision = aspo.choose_precision(self.device)
+        self.autocast = lambda: torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)
+        self.prompts, self.stops = random_prompts(self.model, args), stop_ids(self.model, args.new_tokens)
+        self.cfg = aspo.Config(prompts=args.prompts, minibatch=args.prompts, group_size=args.group, epochs=1,
+                               max_new_tokens=args.new_tokens, micro_tokens=args.micro_tokens)
+        self.half = None
+
+    def sampler(self):
+        if self.half is None:
+            self.half = self.model if self.precision is None else load(self.args.model, self.device).to(self.precision)
+        return self.half.eval()
+
+    def ours_sampling(self) -> int:
+        drawn = aspo.sample(self.sampler(), self.prompts, self.args.group, stop_ids=self.stops, pad_id=0,
+                            max_new_tokens=self.args.new_tokens)
+        return sum(len(response) for response, _, _ in drawn)
+
+    @torch.no_grad()
+    def theirs_sampling(self) -> int:
+        width = max(map(len, self.prompts))
+        tokens = torch.tensor([[0] * (width - len(p)) + p for p in self.prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self.prompts], device=self.device)
+        out = self.sampler().generate(tokens.repeat_interleave(self.args.group, 0), do_sample=True, top_k=0, top_p=1.0,
+                                      attention_mask=mask.repeat_interleave(self.args.group, 0), eos_token_id=self.stops,
+                                      pad_token_id=0, max_new_tokens=self.args.new_tokens)[:, width:].cpu()
+        stopped = torch.isin(out, torch.tensor(self.stops)).long()
+        return int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop token
+
+    def samples(self) -> list:
+        """A rollout with geometric response lengths, the same for both sides."""
+        generator = torch.Generator().manual_seed(3)
+        samples = []
+        for prompt in self.prompts:
+            for k in range(self.args.group):
+                length = int(torch.empty(()).exponential_(2 / self.args.new_tokens, generator=generator)) + 1
+                response = torch.randint(3, self.model.config.vocab_size, (min(length, self.args.new_tokens),), generator=generator)
+                samples.append(aspo.Sample("", "", prompt, response.tolist(), "", 0.0, False, 0.0, advantage=(-1.0) ** k))
+        return samples
+
+    def ours_update(self) -> int:
+        samples, scaler = self.samples(), torch.amp.GradScaler(enabled=False)
+        self.model.train()
+        norm = sum(len(s.response) for s in samples)
+        aspo.accumulate(self.model, None, scaler, samples, norm, self.cfg, 0, self.autocast)
+        return norm
+
+    def theirs_update(self) -> int:
+        """Micro-batches in the order of sampling with the rows that fit at full width, logits of every position."""
+        samples = self.samples()
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        norm = sum(len(s.response) for s in samples)
+        rows = max(1, self.cfg.micro_tokens // max(len(s.prompt) + len(s.response) for s in samples))
+        for micro in (samples[i:i + rows] for i in range(0, len(samples), rows)):
+            tokens, attention, mask = aspo.collate(micro, 0, self.device)
+            with self.autocast():
+                logits = self.model(tokens, attention_mask=attention, use_cache=False).logits[:, :-1].float()
+            logp = logits.log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1).detach()
+            chosen = logp.gather(-1, tokens[:, 1:, None])[..., 0]
+            advantages = torch.tensor([[s.advantage] for s in micro], device=self.device)
+            loss, _ = aspo.policy_loss(chosen, chosen.detach(), advantages, mask, self.cfg, norm=norm, entropy=entropy)
+            loss.backward()
+        return norm
+
+    def gradient(self) -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+    def padding(self) -> float:
+        """Share of the positions computed in our update that are padding."""
+        micros = aspo.micro_batches(self.samples(), self.cfg.micro_tokens)
+        sizes = [[len(s.prompt) + len(s.response) for s in micro] for micro in micros]
+        return 1 - sum(map(sum, sizes)) / sum(len(size) * max(size) for size in sizes)
+
+
+def timed(work, device) -> float:
+    """Response tokens per second."""
+    started = time.perf_counter()
+    tokens = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - started)
+
+
+def resident() -> int:
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+
+def peak_of(side: str, args) -> float:
+    """GiB above the loaded model."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode().splitlines()[-1])
+
+
+def main() -> None:
+    args = parse()
+    bench = Bench(args)
+    if args.only:
+        work = getattr(bench, args.only)
+        if "sampling" in args.only:
+            bench.sampler()
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            before = resident()
+            work()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        print(json.dumps(peak / 2**30))
+        return
+    where = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    parameters = sum(p.numel() for p in bench.model.parameters()) / 1e6
+    print(f"{args.model}: {parameters:.1f} M parameters, {where}; {args.prompts} prompts of {args.prompt_tokens // 2} to "
+          f"{args.prompt_tokens} tokens x {args.group} samples of up to {args.new_tokens}; {args.rounds} rounds")
+    bench.ours_update()
+    ours = bench.gradient()
+    bench.theirs_update()
+    theirs = bench.gradient()
+    print(f"gradients agree to {((ours - theirs).norm() / theirs.norm()).item():.1e}; padding in our update {bench.padding():.1%}")
+    del ours, theirs
+    bench.model.zero_grad(set_to_none=True)
+    print("| | ours | baseline | ours / baseline | smallest and largest ratio of a round |\n|---|---|---|---|---|")
+    for what, unit in (("sampling", "generate"), ("update", "full logits")):
+        speeds = [[timed(getattr(bench, f"{side}_{what}"), bench.device) for side in ("ours", "theirs")] for _ in range(args.rounds)]
+        a, b = (statistics.median(column) for column in zip(*speeds))
+        each = [x / y for x, y in speeds]
+        print(f"| {what}, tokens/s (baseline: {unit}) | {a:,.0f} | {b:,.0f} | {a / b:.2f} | {min(each):.2f} {max(each):.2f} |", flush=True)
+    for what in ("sampling", "update"):
+        a, b = peak_of(f"ours_{what}", args), peak_of(f"theirs_{what}", args)
+        print(f"| {what}, peak GiB above the model | {a:.2f} | {b:.2f} | {a / b:.2f} | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
