@@ -10,7 +10,6 @@ mean little. Memory is the peak above the loaded model, each in a process of its
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -151,8 +150,9 @@ def timed(work, device) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def resident() -> int:
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def resident(what: str = "VmRSS:") -> int:
+    """Bytes in memory now, or at most so far (VmHWM). Not ru_maxrss, which a child process takes over from its parent."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
 
 
 def peak_of(side: str, args) -> float:
@@ -176,7 +176,7 @@ def main() -> None:
         else:
             before = resident()
             work()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+            peak = resident("VmHWM:") - before
         print(json.dumps(peak / 2**30))
         return
     where = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,220 @@
+"""The answer checker: labelled cases of our own by kind, laws that must hold, hostile text, and the shared examples."""
+import ast
+import json
+import random
+import re
+import string
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward import extract_answer, is_equal, math_reward
+
+RIGHT = {  # kind -> pairs that are equal
+    "numbers": [("42", "42"), ("042", "42"), ("-0", "0"), ("+7", "7"), ("1,000", "1000"), ("1{,}000", "1000"), (r"1\,000", "1000"),
+                (r"1,\!000,\!000", "10^6"), ("1 000 000", "1000000"), ("10^3", "1,000"), ("1e3", "1000"), ("2.50", "5/2"),
+                (".5", r"\frac12"), ("5.", "5"), ("$5$", "5"), (r"\(5\)", "5"), (r"\[ 5 \]", "5"), (r"12\,345.6", "12345.6"),
+                (r"3 \times 10^{-2}", "0.03"), (r"6.02\cdot10^{23}", r"602\times 10^{21}"), ("2^{10}", "1024"), ("2**10", "1024"),
+                ("1_000".replace("_", ","), "1000"), ("9007199254740993", "9007199254740993.0"), (r"\text{twelve}", "12"),
+                ("two", "2"), ("5!", "120"), (r"\binom{5}{2}", "10"), (r"\lfloor 3.7 \rfloor", "3"), (r"\lceil \pi \rceil", "4"),
+                ("|-3|", "3"), (r"\left| 2-5 \right|", "3"), (r"\lvert -4\rvert", "4"), ("10^{-400}", r"\frac{1}{10^{400}}")],
+    "fractions": [("1/2", "0.5"), (r"\frac{2}{4}", "1/2"), (r"\dfrac12", r"\tfrac{1}{2}"), (r"\frac1{72}", "1/72"),
+                  (r"\frac{1}3", "1/3"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"\frac{1}{-2}", "-0.5"), ("3 1/2", "3.5"),
+                  (r"3\frac12", "7/2"), (r"-2\frac{1}{3}", "-7/3"), ("½", "0.5"), ("3½", "3.5"), (r"\frac{\frac12}{3}", "1/6"),
+                  ("((1/2))", "0.5"), (r"\frac{3}{4}\cdot 2", "1.5"), (r"0.\overline{3}", "1/3"), (r"0.1\overline{6}", "1/6"),
+                  ("0.(3)", "1/3"), ("0.333...", r"\frac13"), (r"0.\bar{9}", "1"), (r"0.142857142857\ldots", "1/7"),
+                  (r"\frac{100}{3}\%", "1/3")],
+    "roots and constants": [(r"\sqrt{8}", r"2\sqrt2"), (r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}"), (r"\sqrt[3]{-8}", "-2"),
+                            (r"\sqrt[3]{54}", r"3\sqrt[3]{2}"), ("sqrt(2)/2", r"\frac{\sqrt{2}}{2}"), ("√2", "2^{1/2}"), ("2√3", r"\sqrt{12}"),
+                            (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2"), ("2pi", r"2\pi"), ("2π", r"\pi+\pi"), (r"\pi r^2", "r^2*pi"),
+                            (r"e^{i\pi}", "-1"), (r"\ln e^2", "2"), (r"\log_2 8", "3"), (r"\log_{10} 1000", "3"), ("lg 100", "2"),
+                            (r"\sin 30^\circ", "1/2"), (r"\cos\frac{\pi}{3}", "0.5"), (r"\tan^{-1} 1", r"\frac{\pi}{4}"),
+                            (r"\arcsin 1", r"\pi/2"), (r"\sin^2 x + \cos^2 x", "1"), (r"(1+i)^2", "2i"), (r"\frac{1}{i}", "-i"),
+                            (r"3+4i", "4i+3"), (r"i\sqrt{3}", r"\sqrt3 i"), (r"\sqrt{-3}", r"i\sqrt{3}"), ("e^2", "exp(2)"),
+                            ("30^\\circ", r"\frac{\pi}{6}"), ("30 degrees", r"\pi/6"), ("30°", "30")],
+    "expressions": [("x^2-1", "(x-1)(x+1)"), ("(x+1)^2", "x^2+2x+1"), (r"\frac{x^2-1}{x-1}", "x+1"), ("2(x+3)", "6+2x"),
+                    (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"), (r"\frac{a+b}{2}", "(a+b)/2"), ("x_1+x_2", "x_2 + x_1"),
+                    ("a_{n}", "a_n"), (r"2\pi r", r"r \cdot 2 \cdot \pi"), ("4x^{3}y", "4 y x^3"), (r"\frac{x}{2}", "0.5x"),
+                    ("-(x-y)", "y-x"), (r"\alpha\beta", r"\beta \alpha"), ("x^{-1}", "1/x"), (r"\ln x^2", r"2\ln x"),
+                    (r"\sin 2x", r"2\sin x\cos x"), (r"2^{n+1}", r"2\cdot 2^n"), (r"n!", r"n\cdot(n-1)!"), ("x'", "x'"), ("ab^2", "b^2 a"),
+                    (r"e^{x+y}", "e^x e^y"), (r"|x-1|", r"\left|1-x\right|"), (r"\sqrt{x^2+2x+1}", "x+1"), ("³√".replace("³√", "∛") + "8", "2")],
+    "units": [("5 cm", "5"), (r"5\text{ cm}", "5"), ("5", r"5 \text{ cm}^2"), (r"12\text{ inches}", "12 in"), (r"\$5.00", "5"),
+              ("5 dollars", r"\$5"), ("35%", "0.35"), (r"35\%", "35%"), ("28 percent", r"28\%"), ("5 million", "5000000"),
+              (r"3\text{ hours}", "3"), ("7 m/s", "7"), (r"25\text{ m}^2", "25"), ("60 miles per hour", "60"), (r"90^{\circ}", "90"),
+              (r"45\degree", r"\frac{\pi}{4}"), ("1,000.99m²", "1000.99"), ("€20", "20"), (r"\text{5}", "5"), (r"\mathrm{7}\ \mathrm{cm}", "7"),
+              (r"10\,\text{kg}", "10 kilograms"), (r"2.5\text{ million}", "2500000")],
+    "names": [("x=5", "5"), ("5", "x = 5"), ("y=2x+3", "2x+3"), ("f(x)=x^2", "x^2"), (r"x = \frac{1}{2} = 0.5", "0.5"),
+              (r"\theta = \frac{\pi}{3}", r"\pi/3"), (r"x \in [1,2]", "[1,2]"), (r"S=\{1,2\}", r"\{2,1\}"), ("a_1 = 3", "3"),
+              (r"\text{Area} = 12", "12"), (r"x=\pm 3", "3,-3")],
+    "equations": [("y=2x+3", "y-2x-3=0"), ("2y = 4x + 6", "y=2x+3"), ("x^2+y^2=1", "y^2 = 1-x^2"), ("x-2y+z-1=0", "2y = x+z-1"),
+                  ("x=7", "2x=14"), ("y = 2x+3", "y=3+2x"), ("f(x)=x^2-1", "f(x)=(x-1)(x+1)"), ("y<2x+1", "2x+1>y"), ("2x+2y<4", "x+y<2")],
+    "lists": [("1,2", "2,1"), ("1, 2 and 3", "3,2,1"), (r"\{1,2\}", "2, 1"), (r"3\pm\sqrt2", r"3-\sqrt{2}, 3+\sqrt{2}"), (r"\pm 3", "3, -3"),
+              ("1 or 2", "2,1"), ("x=1 or x=2", "1,2"), (r"6\text{ and }8", "8, 6"), (r"\emptyset", r"\varnothing"), (r"\{\}", r"\emptyset"),
+              ("1/2, 0.25", "1/4; 1/2"), (r"x=1, x=-2", r"\{-2,1\}"), ("100,200,300", "300, 200, 100"), (r"1\pm 2i", "1+2i, 1-2i"),
+              ("1,2,3", r"\left\{1,2,3\right\}")],
+    "tuples and matrices": [("(1,2)", "( 1 , 2 )"), (r"\left(3,\frac{\pi}{2}\right)", "(3,pi/2)"), ("(0.5,1)", r"(\frac12, 1)"),
+                            ("(1,000, 2)", "(1000, 2)"), (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
+                            (r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 0.5 \\ 3 \\ \end{pmatrix}"), ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                            (r"\langle 1,2,3\rangle", "(1,2,3)"), ("(1,2),(3,4)", "(3,4), (1,2)"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
+                            ("(x+1, y)", "(1+x, y)"), ("3:2", "3 : 2")],
+    "intervals": [("[4,\\infty)", r"x \ge 4"), (r"4 \le x < \infty", r"[4,\infty)"), (r"(-\infty,3)", "x<3"), (r"3 > x", r"(-\infty, 3)"),
+                  (r"1<x\le 3", "(1,3]"), (r"3\ge x>1", "(1,3]"), (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty)\cup(-\infty,1)"),
+                  (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"), (r"x \ne 3", r"(-\infty,3)\cup(3,\infty)"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+                  (r"\{x \mid x > 3\}", r"(3,\infty)"), ("[0.5, 1)", r"[\frac12, 1)"), (r"(-\infty, 2]", r"x \leq 2"), ("(0, +∞)", "x>0")],
+    "text": [(r"\text{east}", "East"), (r"\mathrm{odd}", r"\text{odd}"), ("(A)", "A"), (r"\text{(B)}", "B"), (r"\text{B}", "(B)"), ("D", "(D) Alina"),
+             ("Monday", r"\text{Monday}"), (r"\textbf{(C)}", "C"), (r"\text{no solution}", "No solution."), (r"\text{yes}", "Yes"),
+             (r"\text{Monday, Tuesday}", "monday, tuesday"), ("A", "A.")],
+    "bases": [("101_2", "5"), ("204_5", "204_{5}"), (r"1A_{16}", "26"), ("11_3", "4_{10}")],
+    "unicode": [("−5", "-5"), ("٤٢", "42"), ("４２", "42"), ("x²", "x^2"), ("4\u200b2", "42"), ("2·3", "6"), ("6÷4", "3/2"), ("x≥3", r"[3,\infty)"),
+                ("{1,2}∪{3}", r"\{1,2\}\cup\{3\}".replace(r"\{", "{").replace(r"\}", "}")), ("10⁻³", "0.001"), ("1 – 2", "-1"), ("θ", r"\theta")],
+}
+WRONG = {
+    "numbers": [("42", "43"), ("17.5", "17"), ("9007199254740993", "9007199254740992"), ("1000050", "1000000"), ("1.9999", "2"), ("-5", "5"),
+                ("10^{-400}", "0"), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"), ("2^{2025}", "3^{2025}"), ("1234", "1,235"), ("5 million", "5"),
+                ("1.000", "1000"), ("12 5", "125"), ("1371/2", r"137\frac12"), ("5-", "5"), ("--", "0"), ("3.2", r"3.2\times 10^5"),
+                (r"\frac{1}{2003!}", r"\frac{1}{2004!}"), ("e", "2.718281828459045"), ("5 5", "5"), ("100", "10"), ("0.5.5", "0.5")],
+    "fractions": [("0.33", "1/3"), ("0.3333333333", r"\frac13"), (r"\frac{1}{3}", "0.3"), ("2/3", "3/2"), (r"\frac{x+1}{2}", "x+1/2"), ("3 1/2", "3/2"),
+                  (r"3\frac12", "31/2"), (r"-2\frac13", "-5/3"), ("1/0", "1/0 + 1"), ("0.(3)", "0.3")],
+    "roots and constants": [(r"\sqrt[3]{4}", r"\sqrt{4}"), (r"\sqrt{2}", "1.414"), (r"\sqrt2", "1.41421356237309504880168872420969807856967"),
+                            (r"\pi", "3.14159265358979"), (r"\pi", "22/7"), ("6\\pi", r"12\pi"), (r"\pi + 10^{-100}", r"\pi"), (r"e^{\pi\sqrt{163}}", "262537412640768744"),
+                            ("6i-1", "6-i"), ("i", "1"), ("2i", "2"), (r"\log_2 8", r"\log_3 8"), (r"\sin 30", "1/2"), ("30", r"\frac{\pi}{6}"), (r"\sqrt{-3}", r"\sqrt3"),
+                            (r"\arcsin 1", "90.1"), ("-i", "i")],
+    "expressions": [("x+1", "x-1"), ("x^2", "2x"), ("x^2+1", "(x+1)^2"), ("xy", "x+y"), (r"\pi r^2", r"2\pi r"), ("x_1", "x_2"), ("x", "y"), (r"\frac{x}{0}", "x"),
+                    (r"\sin x", r"\cos x"), ("|x|", "x"), (r"\sqrt{x^2}", "-x"), ("ab^2", "(ab)^2"), ("2^n", "n^2"), ("5", "x"), ("x - x + 4", "5")],
+    "units": [(r"12\text{ ft}^2", "144"), ("5 cm", "6"), ("5 cm", "5 m"), ("53%", "35%"), ("35", "0.35"), ("5 million", "5 billion"),
+              (r"5\text{ cents}", r"\$5"), ("3 hours", "3 minutes"), ("5%", "0.5"), ("27.5\\%", "27.78\\%")],
+    "names": [("x=-7", "x=7"), ("y=7", "x=7"), ("x = 3 = 4 = 5", "5"), ("2x+1=7", "7"), ("2x=10", "5"), ("x+5", "5"), ("x > 5", "5"), (r"5 \ne 6", "5"),
+              (r"x \ne 5", "5"), ("f(x)=x", "g(x)=x"), (r"x\approx 5", "5")],
+    "equations": [("y=2x+3", "y=3x+2"), ("x^2+y^2=1", "x^2+y^2=2"), ("y<2x+1", r"y\le 2x+1"), ("y<2x+1", "y>2x+1"), ("0=0", "1=1"), ("x=1", "x=1, x=2")],
+    "lists": [("5", "-3, 5"), ("5 or 6", "5"), ("5, 6, 7", "5, 6"), ("1,1,2", "1,2,2"), (r"\pm 3", "3"), ("3,3", "3"), (r"3\pm\sqrt2", r"3+\sqrt2"), (r"\emptyset", "0"),
+              (r"\{0\}", r"\emptyset"), ("1, 2", "1, 3"), ("1,2", "(2,1)"), (r"k\text{ for some }k", "5"), ("{5, 6}", "5"), ("all numbers", "5"), ("1,2,3,4,5", "5")],
+    "tuples and matrices": [("(2,1)", "(1,2)"), ("(1,2,3)", "(1,2)"), ("1.2", "(1,2)"), ("123", "(1,2,3)"), ("(1,2)", "[1,2]"), (r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                            (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", "3"), (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("3:2", "2:3"), ("(1,2)", "1"), ("(5)", "6"), ("3:2", "1.5")],
+    "intervals": [("[0,9)", "(0,9)"), ("(0,9)", "(0,9]"), ("x>4", r"x \ge 4"), (r"(-\infty,1)\cup(2,\infty)", r"(-\infty,1)\cup(3,\infty)"), (r"(2,\infty)", r"(-\infty,2)"), ("x<3", "x>3"), ("(1,2)", r"(1,2)\cup(3,4)"),
+                  (r"\infty", r"-\infty"), (r"\infty", "5"), (r"\mathbb{R}", r"\mathbb{Z}")],
+    "text": [(r"\text{E}", "d"), ("east", "seat"), ("no", "on"), ("A", "B"), ("(A)", "(B)"), ("yes", "no"), ("AB", "A"), ("(A) (B)", "A"), ("A or B", "A"), ("even", "odd"), ("true", "false"), ("none", "5")],
+    "bases": [("1112122_3", "1112112_3"), ("102_2", "102_2 + 1"), ("101_2", "101_3"), ("101_2", "101")],
+    "unicode": [("−5", "5"), ("x²", "x2"), ("x²", "x^3"), ("٤٢", "24")],
+}
+cases = lambda table: [pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}") for kind, pairs in table.items() for pair in pairs]
+
+
+@pytest.mark.parametrize("a, b", cases(RIGHT))
+def test_equal(a, b):
+    assert is_equal(a, b) and is_equal(b, a)
+
+
+@pytest.mark.parametrize("a, b", cases(WRONG))
+def test_different(a, b):
+    assert not is_equal(a, b) and not is_equal(b, a)
+
+
+@pytest.mark.parametrize("response, answer", [
+    (r"First \boxed{1}, so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{5}}", "5"), (r"\boxed\n{6}".replace(r"\n", "\n"), "6"), (r"\boxed {7}", "7"), (r"\boxed 8", "8"),
+    (r"\fbox{9}", "9"), (r"\boxed{1} then \boxed{2", "1"), (r"<think>\boxed{1}</think> \boxed{2}", "2"), ("<think>#### 1</think>\n#### 2", "2"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    ("3+6=9\n#### 9", "9"), ("#### 1,234", "1,234"), ("The answer is 42.", "42"), ("the final answer is: $\\frac{2}{5}$. I hope it is correct.", "$\\frac{2}{5}$"), ("**Answer:** 12", "12"),
+    ("So the answer is 3.5.", "3.5"), ("The answer is 2+2=4. The answer is 4.", "4"), ("I do not know", None), ("", None), (r"\boxed{", None), ("The answer is here.\nBut 5 is a number.", None),
+    (r"\boxed{5}<|im_end|>\n<|im_start|>user \boxed{7}", "5"), (r"\boxed{}", ""), ("#### 5\n#### 6", "6"), (r"\boxed{a} \text{boxed}", "a")])
+def test_reading_order(response, answer):
+    assert extract_answer(response) == answer
+
+
+def test_nested_boxes_are_one():
+    assert math_reward(r"\boxed{\boxed{5}}", "5") and not math_reward(r"\boxed{\boxed{5}\text{ or }6}", "5")
+
+
+ANSWERS = sorted({text for table in (RIGHT, WRONG) for pairs in table.values() for pair in pairs for text in pair})
+number = st.integers(-10**6, 10**6)
+fraction = st.tuples(number, st.integers(1, 10**4))
+polynomial = st.lists(st.integers(-9, 9), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("text", [a for pairs in RIGHT.values() for pair in pairs for a in pair])
+def test_what_can_be_read_equals_itself_however_it_is_written(text):
+    original = text
+    assert is_equal(text, text)
+    assert is_equal(f"  {text} ", text) and is_equal(f"${text}$", text)
+    assert is_equal(text, r"\boxed{" + text + "}")
+    for old, new in ((r"\frac", r"\dfrac"), (r"\left", ""), (r"\right", ""), ("+", " + "), ("=", " = "), ("^", " ^ ")):
+        text = text.replace(old, new)
+    assert is_equal(text, original)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(ANSWERS), st.sampled_from(ANSWERS))
+def test_symmetry(a, b):
+    assert is_equal(a, b) == is_equal(b, a)
+
+
+@settings(deadline=None)
+@given(fraction, st.integers(1, 99))
+def test_fractions_reduce(f, k):
+    p, q = f
+    for text in (f"{p * k}/{q * k}", rf"\frac{{{p * k}}}{{{q * k}}}", rf"\left(\dfrac {{{p}}} {{{q}}}\right)", f"{{{p}}}/{{{q}}}"):
+        assert is_equal(text, f"{p}/{q}")
+        assert not is_equal(text, f"{p + 1}/{q}")
+
+
+@settings(deadline=None)
+@given(polynomial, st.integers(-9, 9))
+def test_polynomials_expand(coefficients, root):
+    """sum c_k x^k times (x - root), multiplied out by hand."""
+    expanded = [0] * (len(coefficients) + 1)
+    for k, c in enumerate(coefficients):
+        expanded[k + 1] += c
+        expanded[k] -= root * c
+    write = lambda cs: "+".join(f"({c})x^{{{k}}}" for k, c in enumerate(cs))
+    factored = f"({write(coefficients)})(x-({root}))"
+    assert is_equal(factored, write(expanded))
+    expanded[0] += 1
+    assert not is_equal(factored, write(expanded))
+
+
+HOSTILE = ["", " ", "\\", "{", "}" * 999, "{" * 5000, "(" * 5000, r"\frac" * 300, r"\sqrt{" * 400 + "2" + "}" * 400, "9" * 10**6, "9^" * 300 + "9", "2**2**2**2**2**2",
+           "9^{9^{9^{9}}}", "(10^9)!", "((((9!)!)!)!)", r"10^{10^{10}}", r"\frac{1}{3^{3^{3^{3}}}}", "1e999999999", "x" * 10**6, "\ud800", "\0", r"\boxed{" * 10**5, "1" + "+1" * 10**5, "|" * 999,
+           r"\begin{pmatrix}" * 50, r"\begin{array}{", "_" * 100, "0.(" + "1" * 900 + ")", "0." + "12" * 450 + "...", "__import__('os').system('true')", "{0.__class__}", "%s%n" * 100,
+           r"\log_{0}{0}", r"\frac{0}{0}", "0^0", "0^{-1}", r"\sqrt[0]{5}", r"\binom{10^9}{5*10^8}", r"\tan(\pi/2)", r"\log 0", "nan", "inf", r"\infty-\infty", r"\pm" * 200,
+           ",".join("x" * 300), ",".join(map(str, range(400))), r"\sin" * 200 + "x", "x^" * 100 + "x", "!" * 100, "5" + "!" * 50, r"\{" * 100, "１" * 500, "½" * 200, "\u202e5", "²" * 300]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_no_number_and_no_error(text):
+    for response in (text, rf"\boxed{{{text}}}", f"#### {text}", f"The answer is {text}"):
+        assert math_reward(response, "7") == 0.0
+        assert math_reward(response, text) in (0.0, 1.0)
+    assert not is_equal("7", text) and not is_equal(text, "x+1")
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(max_size=60), st.text(alphabet=string.printable, max_size=60))
+def test_no_pair_of_strings_raises(a, b):
+    assert math_reward(a, b) in (0.0, 1.0) and math_reward(rf"\boxed{{{b}}}", a) in (0.0, 1.0)
+
+
+def test_nothing_in_the_checker_could_run_text():
+    """No eval and the like, and only imports that offer none; mpmath's numbers are made from integers, never from text."""
+    tree = ast.parse((ROOT / "reward.py").read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"eval", "exec", "compile", "open", "__import__", "globals", "mpmathify", "sympify"}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported <= {"functools", "math", "random", "re", "unicodedata"}
+
+
+def test_random_state_is_left_alone():
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    is_equal("x^2-1", "(x-1)(x+1)")
+    assert random.random() == expected
+
+
+def test_the_shared_examples(shared):
+    """Those whose label is policy, and those without a box, are counted apart."""
+    wrong, apart = [], []
+    for line in (shared / "grader" / "examples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if (math_reward(row["response"], row["gold"]) > 0.5) != row["expected"]:
+            (apart if {"contested", "unboxed"} & set(row["flags"]) else wrong).append(row["id"])
+    assert not wrong and len(apart) <= 4
