@@ -575,8 +575,8 @@ def with_memory(cfg: Config, name: str, least: int, work: Callable):
         torch.cuda.empty_cache()
 
 
-def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None) -> list[Sample]:
-    """Sample and score group_size responses to every problem, `sample_rows` of them at a time."""
+def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None, top_p: float = 1.0) -> list[Sample]:
+    """Sample and score group_size responses to every problem, `sample_rows` of them at a time; training needs top_p = 1."""
     stop_ids = stop_tokens(model, tokenizer)
     prompts = [encode(tokenizer, row["problem"], cfg) for row in problems]
     samples = []
@@ -587,7 +587,7 @@ def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Confi
             some = prompts[first:first + max(1, cfg.sample_rows // group_size)]
             return [response for k in range(0, group_size, share) for response in
                     sample(model, some, min(share, group_size - k), stop_ids=stop_ids, pad_id=pad_token(tokenizer),
-                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, bar=bar)]
+                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=top_p, bar=bar)]
 
         responses = with_memory(cfg, "sample_rows", 1, chunk)
         texts = tokenizer.batch_decode([response for response, _, _ in responses], skip_special_tokens=True)
