@@ -5,6 +5,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ASPO = Path(__file__).resolve().parent.parent / "aspo.py"
-FLAGS = ("--sft_steps 20 --prompts 4 --group_size 4 --minibatch 2 --max_new_tokens 16 --lr 2e-4 --eval_problems 8 "
+FLAGS = ("--sft_steps 20 --prompts 4 --group_size 4 --minibatch 2 --max_new_tokens 16 --lr 2e-5 --eval_problems 8 "
          "--overlong_buffer 15 --eval_every 7 --log_samples_every 3 --save_every 1 --keep 2 --device cpu").split()
 
 
@@ -50,7 +51,9 @@ def kill_and_compare(kills: int, folder: Path, steps: int, seed: int = 0) -> dic
     assert sum(row["grad_norm"] > 0 for row in lines(whole)) > steps / 2, "too little was learned to tell runs apart"
     hits = {"save": 0, "later": 0, "early": 0}
     while sum(hits.values()) < kills:
-        process = start("--resume", broken) if (broken / "config.json").exists() else start("--steps", steps, "--out", broken, *FLAGS)
+        shutil.rmtree(broken / "checkpoint.tmp", ignore_errors=True)  # of the last kill, so that this one's is not mistaken
+        again = (broken / "config.json").exists()
+        process = start("--resume", broken) if again else start("--steps", steps, "--out", broken, *FLAGS)
         if rng.random() < 0.5:  # as soon as a save begins, or a little after
             while not (broken / "checkpoint.tmp").exists() and process.poll() is None:
                 time.sleep(0.0005)
@@ -76,5 +79,6 @@ def kill_and_compare(kills: int, folder: Path, steps: int, seed: int = 0) -> dic
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         hits = kill_and_compare(int(sys.argv[1]) if len(sys.argv) > 1 else 24, Path(folder), steps=60)
-        print(f"{sum(hits.values())} kills ({hits['save']} in a save, {hits['later']} at other moments after the first checkpoint, "
-              f"{hits['early']} before it): metrics.jsonl, samples.jsonl and the final weights are those of the run never stopped")
+        print(f"{sum(hits.values())} kills ({hits['save']} in a save, {hits['later']} at other moments after the first "
+              f"checkpoint, {hits['early']} before it): metrics.jsonl, samples.jsonl and the final weights are those of the run "
+              "never stopped")
