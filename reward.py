@@ -123,7 +123,9 @@ def _clean(text: str) -> str:
     text = re.sub(r"\\(?:left|right)\s*\.", " ", _THOUSANDS.sub(",", text))
     text = re.sub(r"^\\\[(.*)\\\]$", r"\1", _SPACING.sub(" ", text).strip())
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{\s*([\d.,]+)\s*\}", r"\1", text)
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{\s*([\d.,]+)\s*([a-zA-Z .]*)\}", r"\1 \\text{\2}", text).replace(r"\text{}", "")
+    text = re.sub(r"\\text\s*\{([^{}]*\b(?:and|or)\b[^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"^(?:\\text\s*\{)?all real(?: number)?s\}?$", r"\\mathbb{R}", text, flags=re.I)
     return re.sub(r"(?<![.,;:])[.,;:]$", "", re.sub(r"\s+", " ", text).strip()).strip()
 
 
@@ -132,7 +134,7 @@ _WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|t
 
 def _words(text: str) -> str:
     """For comparing as text: no wrappers, braces, quotes, case or spaces."""
-    return re.sub(r"(?<!\d)\s|\s(?!\d)|[{}\"'`]", "", _WRAPPER.sub(r"\1", text)).rstrip(".").casefold()
+    return re.sub(r"(?<!\d)\s|\s(?!\d)|[{}\"'`]|(?<!\.)\.$", "", _WRAPPER.sub(r"\1", text)).casefold()
 
 
 # ------------------------------------------------------------------------------------------------------------ trees
@@ -259,7 +261,7 @@ _GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta 
 _NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen twenty".split())}
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = {name: unit for names in (
     "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "meter metre", "ft foot feet", "inch inches in",
     "yd yard", "mile mi", "kg kilogram", "gram", "mg milligram", "lb lbs pound", "oz ounce", "second sec", "minute min",
@@ -588,8 +590,10 @@ class _Parser:
             return self.function(low)
         if low in ("pi", "infty", "infinity", "inf"):
             return ("const", "pi") if low == "pi" else _INF
-        if low in _NUMBER_WORDS and len(word) > 2:
+        if low in _NUMBER_WORDS:
             return _NUMBER_WORDS[low]
+        if word in _GREEK:
+            return self.variable(word)
         tail = next((t for t in ("pi", "sqrt") if word.endswith(t) and len(word) <= len(t) + 2), "")
         if len(word) > 3 and not tail:
             raise _Unreadable("a word")
@@ -638,6 +642,8 @@ class _Parser:
             return self.base()
         if name == "begin":
             return self.matrix()
+        if name in ("angle", "triangle") and self.kind() == "word":
+            return ("text", name + self.next())
         raise _Unreadable(f"unknown command {text[:20]}")
 
     def function(self, name: str):
@@ -924,7 +930,7 @@ def _is_name(node) -> bool:
     """x, or f(x), which the parser reads as a product of variables, or a word."""
     if not isinstance(node, tuple):
         return False
-    return node[0] in ("var", "text") or node[0] == "*" and all(_is_name(n) for n in node[1:])
+    return node[0] in ("var", "text") or node[0] == "*" and all(map(_is_name, node[1:])) or node[0] == "^" and node[2] == -1
 
 
 def _unnamed(node):
@@ -974,6 +980,10 @@ def _equal(a, b) -> bool:
         a, b = _unnamed(a), _unnamed(b)
         if (_kind(a) == "=") != (_kind(b) == "="):
             return False
+    for assigned, point in ((a, b), (b, a)):  # x = 1, y = 2 is the point (1, 2)
+        if _kind(assigned) == "list" and _kind(point) == "seq" and all(_kind(item) == "=" for item in assigned[1]):
+            return point[1:3] == ("(", ")") and len(assigned[1]) == len(point[3]) and all(
+                _equal(_unnamed(x), y) for x, y in zip(assigned[1], point[3]))
     xs, ys = _items(a), _items(b)
     if len(xs) > 1 or len(ys) > 1 or "set" in (_kind(a), _kind(b)):
         if len(xs) == len(ys) or not all(_kind(x) in ("seq", "union") for x in xs + ys):
