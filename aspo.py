@@ -71,7 +71,6 @@ def knob(default, help: str, **argparse_options):
     return field(default=default, metadata={"help": help, **argparse_options})
 
 
-LOSSES = ("aspo", "grpo", "no-is", "dapo", "cispo", "gspo", "dr-grpo")
 # What a method changes besides its weight. Anything given on the command line wins.
 METHOD_DEFAULTS = {
     "dapo": dict(eps_high=0.28),
@@ -87,7 +86,7 @@ class Config:
     # what
     model: str = knob("tiny", "tiny, an alias (see PRESETS), a hub id or a local folder")
     data: str | None = knob(None, "arithmetic, gsm8k, svamp, math, a hub id or a .jsonl file; by default what suits the model")
-    loss: str = knob("aspo", "the weight function", choices=LOSSES)
+    loss: str = knob("aspo", "the weight: aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo (see WEIGHTS)")
     out: str | None = knob(None, "run folder, must be new [runs/<model>-<loss>-s<seed>]")
     resume: str | None = knob(None, "run folder to go on with, at its last checkpoint and with its flags")
     seed: int = knob(0, "fixes data order, initial weights and samples")
@@ -174,7 +173,7 @@ def check(cfg: Config) -> None:
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.loss not in WEIGHTS:
-        raise UserError(f"unknown loss {cfg.loss!r}; choose one of {', '.join(WEIGHTS)}")
+        raise UserError(f"unknown loss {cfg.loss!r}; choose from {', '.join(WEIGHTS)}")
     if cfg.group_size < 2:
         raise UserError(f"--group_size must be at least 2 (a response is compared with its group), got {cfg.group_size}")
     if cfg.prompts % cfg.minibatch:
@@ -737,8 +736,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 # -------------------------------------------------------------------------------------- log-probabilities and update
 
 
-MICRO_COST = 128  # tokens that cost as much as one more micro-batch does
-CHUNK_LOGITS = 2**26  # logits that exist at a time: 256 MiB in fp32
+MICRO_COST = 64  # tokens that cost as much as one more micro-batch does
+CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
 
 
 def logits_of(model, hidden: Tensor) -> Tensor:
