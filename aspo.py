@@ -85,7 +85,7 @@ class Config:
 
     # what
     model: str = knob("tiny", "tiny, an alias (see PRESETS), a hub id or a local folder")
-    data: str | None = knob(None, "arithmetic, gsm8k, svamp, math, a hub id or a .jsonl file; by default what suits the model")
+    data: str | None = knob(None, "arithmetic, gsm8k, svamp, math, a hub id or a .jsonl file [what suits the model]")
     loss: str = knob("aspo", "the weight: aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo (see WEIGHTS)")
     out: str | None = knob(None, "run folder, must be new [runs/<model>-<loss>-s<seed>]")
     resume: str | None = knob(None, "run folder to go on with, at its last checkpoint and with its flags")
@@ -114,7 +114,7 @@ class Config:
     loss_agg: str | None = knob(None, "mean over tokens, mean of sequence means, or sum / (sequences x max_new_tokens) "
                                       "[token; gspo: sequence; dr-grpo: constant]", choices=("token", "sequence", "constant"))
     kl_coef: float = knob(0.0, "weight of the k3 KL to the initial model; 0 keeps that model out of memory")
-    tis_cap: float = knob(0.0, "correct for the sampler's rounding by exp(old_logp - sampler's logp), capped here (2 is usual); 0 is off")
+    tis_cap: float = knob(0.0, "weigh by exp(old_logp - the sampler's logp), capped here (2 is usual), against its rounding; 0 is off")
     # update
     minibatch: int = knob(8, "prompts per optimiser step; prompts / minibatch * epochs steps use one rollout")
     epochs: int = knob(2, "passes over a rollout; with a single update per rollout all ratios are 1")
@@ -838,7 +838,8 @@ def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg
         advantages = torch.tensor([[s.advantage] for s in micro], device=logp.device)  # (B, 1)
         sampler_logp = ref_logp = None
         if all(s.sampler_logp is not None for s in micro):
-            sampler_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.sampler_logp for s in micro]).to(logp.device))
+            sampler_logp = torch.cat([s.sampler_logp for s in micro]).to(logp.device)
+            sampler_logp = torch.zeros_like(logp).masked_scatter(mask, sampler_logp)
         if reference is not None:
             with torch.no_grad():
                 ref_logp = batch_logp(reference, micro, cfg, pad_id, autocast)[0]
@@ -862,7 +863,8 @@ def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample]
     model.train()
     minibatches = groups_of(samples, cfg.minibatch // world() * cfg.group_size)
     if cfg.drop_uniform_groups:
-        minibatches = [[s for g in groups_of(batch, cfg.group_size) if not is_uniform(g) for s in g] for batch in minibatches]
+        minibatches = [[s for group in groups_of(batch, cfg.group_size) if not is_uniform(group) for s in group]
+                       for batch in minibatches]
     if cfg.mask_truncated:
         minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
     active = [[s for s in batch if s.advantage or cfg.kl_coef] for batch in minibatches]
@@ -1228,7 +1230,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     set_seed(cfg.seed)
     checkpoint = load_checkpoint(cfg) if cfg.resume else None

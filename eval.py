@@ -190,7 +190,8 @@ def evaluate(name: str, benches: dict[str, list[dict]], out: Path, args) -> dict
         results = json.loads((out / "results.json").read_text())
         for key, value in settings.items():
             if results["settings"].get(key) != value:
-                raise UserError(f"{out} holds results with {key} {results['settings'].get(key)!r}, not {value!r}; choose another --out")
+                raise UserError(f"{out} holds results with {key} {results['settings'].get(key)!r}, not {value!r}; choose "
+                                "another --out")
     model, tokenizer = aspo.load_model(cfg)
     for problems in benches.values():
         aspo.check_prompts(problems, model, tokenizer, cfg)
@@ -235,7 +236,8 @@ def report(name: str, benches, out: Path, args) -> None:
             if isinstance(value, dict):
                 low, high = value["interval"]
                 print(f"  {key:<8} {value['value']:.3f}   95 % interval {low:.3f} to {high:.3f}")
-        print(f"  cut off {found['truncated']:.1%}, mean length {found['response_length']:.1f} tokens, repetition {found['repetition']:.3f}")
+        print(f"  cut off {found['truncated']:.1%}, mean length {found['response_length']:.1f} tokens, "
+              f"repetition {found['repetition']:.3f}")
     print(f"results in {out}: results.json and one line a sample in {', '.join(Path(b).stem + '.jsonl' for b in benches)}")
 
 
@@ -244,7 +246,8 @@ def main_evaluate(argv: list[str]) -> None:
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python eval.py --help"))
     parser.add_argument("first", metavar="MODEL_OR_RUN", help="a run folder, an alias, a hub id or a model folder")
     parser.add_argument("--model", help="a second one, compared with the first on the same problems")
-    parser.add_argument("--bench", default="arithmetic", help=f"separated by commas: arithmetic, {', '.join(BENCHES)}, or a .jsonl file")
+    parser.add_argument("--bench", default="arithmetic",
+                        help=f"separated by commas: arithmetic, {', '.join(BENCHES)}, or a .jsonl file")
     parser.add_argument("--k", type=int, default=1, help="samples per problem")
     parser.add_argument("--limit", type=int, help="only so many problems, drawn with a fixed seed")
     parser.add_argument("--temperature", type=float, help="[0.8, as in the paper; greedy for k = 1]")
@@ -278,13 +281,15 @@ def main_evaluate(argv: list[str]) -> None:
         if args.out:
             outs.append(Path(args.out) / f"{i + 1}-{Path(name).name}" if len(names) > 1 else Path(args.out))
         else:
-            outs.append(Path(name) / "eval" if (Path(name) / "metrics.jsonl").exists() else Path("runs") / f"eval-{Path(name).name}")
+            is_run = (Path(name) / "metrics.jsonl").exists()
+            outs.append(Path(name) / "eval" if is_run else Path("runs") / f"eval-{Path(name).name}")
         samples.append(evaluate(name, benches, outs[-1], args))
     for name, out in zip(names, outs):
         report(name, benches, out, args)
     if len(names) > 1:
         for bench in benches:
-            accuracy = [[sum(r["correct"] for r in group) / args.k for group in aspo.groups_of(found[bench], args.k)] for found in samples]
+            accuracy = [[sum(r["correct"] for r in group) / args.k for group in aspo.groups_of(found[bench], args.k)]
+                        for found in samples]
             difference = [b - a for a, b in zip(*accuracy)]
             low, high = interval(difference)
             print(f"{Path(bench).stem}: {names[1]} minus {names[0]} on the same {len(difference)} problems: "
@@ -296,7 +301,9 @@ def main_evaluate(argv: list[str]) -> None:
 CURVES = {"reward": "reward", "heldout_accuracy": "held-out accuracy", "entropy": "entropy (nats)", "ratio_pos": "mean ratio, A > 0",
           "ratio_neg": "mean ratio, A < 0", "response_length": "response length (tokens)", "weight_pos": "mean weight, A > 0",
           "weight_neg": "mean weight, A < 0", "repetition": "repetition"}
-COLOURS = {"aspo": "#d1495b", "grpo": "#00798c", "no-is": "#8d8d8d", "dapo": "#30638e", "cispo": "#edae49", "gspo": "#6a4c93", "dr-grpo": "#66a182"}
+COLOURS = {"aspo": "#d1495b", "grpo": "#00798c", "no-is": "#8d8d8d", "dapo": "#30638e", "cispo": "#edae49", "gspo": "#6a4c93",
+           "dr-grpo": "#66a182"}
+DASHES = {"no-is": "--", "dapo": "-.", "cispo": ":", "gspo": (0, (1, 1))}
 
 
 def read_run(folder: str) -> tuple[str, list[dict]]:
@@ -321,7 +328,8 @@ def half_width(values: list[float]) -> float:
 def series(runs: list[list[dict]], key: str) -> list[tuple[int, list[float]]]:
     """(step, the values of the runs that have one there), by step."""
     steps = sorted({row["step"] for rows in runs for row in rows if row.get(key) is not None})
-    return [(step, [row[key] for rows in runs for row in rows if row["step"] == step and row.get(key) is not None]) for step in steps]
+    return [(step, [row[key] for rows in runs for row in rows if row["step"] == step and row.get(key) is not None])
+            for step in steps]
 
 
 def figure(draw, path: str, columns: int, rows: int, size: tuple[float, float]) -> None:
@@ -332,8 +340,8 @@ def figure(draw, path: str, columns: int, rows: int, size: tuple[float, float]) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
-                            "legend.frameon": False, "axes.titlesize": 10})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+                            "font.size": 9, "legend.frameon": False, "axes.titlesize": 10})
     fig, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     draw(fig, list(axes.flat))
     try:
@@ -353,8 +361,8 @@ def main_compare(argv: list[str]) -> None:
     for folder in args.runs:
         label, rows = read_run(folder)
         groups.setdefault(label, []).append(rows)
-    print("Mean over runs and half of its 95 % interval (Student's t). Accuracy: the last evaluation and the best; the rest: the last "
-          "ten steps.\n")
+    print("Mean over runs and half of its 95 % interval (Student's t). Accuracy: the last evaluation and the best; the rest: "
+          "the last ten steps.\n")
     columns = {"final": lambda rows: last(rows, "heldout_accuracy", 1), "best": lambda rows: max(
         (row["heldout_accuracy"] for row in rows if row.get("heldout_accuracy") is not None), default=None)}
     columns |= {key: (lambda rows, key=key: last(rows, key, 10)) for key in CURVES if key != "heldout_accuracy"}
@@ -363,7 +371,7 @@ def main_compare(argv: list[str]) -> None:
         cells = []
         for read in columns.values():
             values = [value for value in map(read, runs) if value is not None]
-            cells.append(f"{statistics.mean(values):.3f} ± {half_width(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}" if values else "")
+            cells.append(f"{statistics.mean(values):.3f}" + f" ± {half_width(values):.3f}" * (len(values) > 1) if values else "")
         print(f"| {label} | {len(runs)} | " + " | ".join(cells) + " |")
 
     def draw(fig, axes):
@@ -395,7 +403,8 @@ def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tenso
     log_ratio = torch.linspace(math.log(0.1), math.log(10), 2001)[:, None]  # (N, 1): N sequences of one token
     curves = {}
     for name in ("aspo", "grpo", "no-is", "dapo", "cispo", "gspo", "dr-grpo"):
-        w = aspo.WEIGHTS[name](log_ratio, torch.full_like(log_ratio, advantage), torch.ones_like(log_ratio), Config(loss=name))[:, 0]
+        advantages, mask = torch.full_like(log_ratio, advantage), torch.ones_like(log_ratio)
+        w = aspo.WEIGHTS[name](log_ratio, advantages, mask, Config(loss=name))[:, 0]
         twin = next((names for names, curve in curves.items() if torch.equal(curve, w)), ())
         curves = {names + (name,) * (names == twin): curve for names, curve in curves.items()} | ({} if twin else {(name,): w})
     return log_ratio.exp()[:, 0], {", ".join(names): curve for names, curve in curves.items()}
@@ -412,14 +421,14 @@ def main_weights(argv: list[str]) -> None:
             ratios, curves = weight_curves(advantage)
             for label, weights in curves.items():
                 name = label.split(",")[0]
-                main = name in ("aspo", "grpo")
-                axis.plot(ratios, weights, label=label, color=COLOURS[name], linewidth={"aspo": 2, "grpo": 5}.get(name, 1.3),
-                          zorder={"aspo": 4, "grpo": 2}.get(name, 3), linestyle="-" if main else {"no-is": "--", "dapo": "-.", "cispo": ":", "gspo": (0, (1, 1))}.get(name, "--"))
+                axis.plot(ratios, weights, label=label, color=COLOURS[name], linestyle=DASHES.get(name, "-"),
+                          linewidth={"aspo": 2, "grpo": 5}.get(name, 1.3), zorder={"aspo": 4, "grpo": 2}.get(name, 3))
             axis.set_xscale("log")
             axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
             axis.minorticks_off()
             axis.axvline(1, color="#bbbbbb", linewidth=0.8)
-            axis.set(title=title, xlabel="importance ratio r = pi / pi_old", ylabel="weight w of the gradient -A w grad log pi", ylim=(-0.1, 3.3))
+            axis.set(title=title, xlabel="importance ratio r = pi / pi_old", ylabel="weight w of the gradient -A w grad log pi",
+                     ylim=(-0.1, 3.3))
             axis.legend()
 
     figure(draw, args.out, 2, 1, (11, 4.6))

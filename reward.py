@@ -18,6 +18,7 @@ from fractions import Fraction
 from mpmath.ctx_mp import MPContext
 
 LONGEST = 600  # characters of an answer that is read as mathematics; a longer one must be the gold text itself
+TAIL = 100_000  # characters of a response in which its answer is looked for
 TOKENS = 200
 DEPTH = 40
 BITS = 20_000  # of an exact number; what would be larger is not computed
@@ -63,7 +64,7 @@ def extract_answer(response: str) -> str | None:
 
     Only what follows the last </think> counts, up to the end of the turn. None if there is no answer.
     """
-    text = response[response.rfind("</think>") + 8:] if "</think>" in response else response
+    text = response[-TAIL:].rpartition("</think>")[2]
     if end := _END_OF_TURN.search(text):
         text = text[:end.start()]
     if (answer := _last_box(text)) is not None:
