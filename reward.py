@@ -256,7 +256,7 @@ _RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", r
               r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=", r"\neq": "!=", "!=": "!=",
               r"\in": "in", r"\equiv": "="}
 _FUNCTIONS = ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "arcsin", "arccos", "arctan",
-              "arccot", "arcsec", "arccsc", "asin", "acos", "atan", "ln", "lg", "log", "sqrt", "cbrt", "abs", "floor", "ceil", "arg")
+              "arccot", "arcsec", "arccsc", "asin", "acos", "atan", "ln", "lg", "log", "sqrt", "cbrt", "abs", "floor", "ceil")
 _GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
              "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())
 _NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
@@ -269,6 +269,10 @@ _UNITS = {name: unit for names in (
     "hour hr hrs", "day", "week", "month", "year yr", "dollar usd", "cent", "liter litre", "ml milliliter", "mph", "kmh", "percent",
     "degree deg", "square sq", "cubic", "unit", "rad radian", "people", "way", "hz", "mol", "kj", "kw", "pa", "per")
     for unit in [names.split()[0]] for word in names.split() for name in (word, word + "s")}
+# words that say something about the number before them, and so are no unit
+_HEDGES = set("is isnt not no if for some maybe perhaps possibly about approximately approx almost around roughly nearly at least most "
+              "more less than when where unless wrong incorrect false but except over under to from between any other else "
+              "something guess think probably likely unsure solution root modulo mod".split()) | set(_NUMBER_WORDS)
 _CLOSE = {"(": ")", "[": "]", r"\{": r"\}", r"\lbrace": r"\rbrace", r"\langle": r"\rangle"}
 _INF, _NINF = ("inf", 1), ("inf", -1)
 
@@ -422,6 +426,8 @@ class _Parser:
             return False
         if self.kind() == "text" and not names and word:
             return False
+        if _HEDGES.intersection(names):
+            raise _Unreadable("a remark instead of a unit")
         self.i += 1
         if word in _SCALES:
             self.units.append(_SCALES[word])
@@ -928,10 +934,13 @@ def _proportional(a, b, positive: bool) -> bool:
 
 
 def _is_name(node) -> bool:
-    """x, or f(x), which the parser reads as a product of variables, or a word."""
+    """x, or a word, or f(x) and AB, which the parser reads as products; xy is none, or xy = 5 would be 5."""
     if not isinstance(node, tuple):
         return False
-    return node[0] in ("var", "text") or node[0] == "*" and all(map(_is_name, node[1:])) or node[0] == "^" and node[2] == -1
+    if node[0] == "*" and isinstance(node[1], tuple):
+        first = node[1][1] if node[1][0] == "^" and node[1][2] == -1 else node[1]  # f^{-1}(x)
+        return first[0] == "var" and (first[1][0] in "fghpq" or first[1][0].isupper()) and _is_name(node[2])
+    return node[0] in ("var", "text")
 
 
 def _unnamed(node):
