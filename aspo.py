@@ -32,6 +32,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import logging
@@ -55,7 +56,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, set_seed)
 
 from reward import extract_answer, math_reward
@@ -98,6 +99,7 @@ class Config:
     max_new_tokens: int = knob(512, "response limit; what is cut off scores 0, so watch the truncated share")
     temperature: float = knob(1.0, "of sampling and of every log-probability in the loss")
     sample_rows: int = knob(256, "responses decoded at once; lower it when sampling runs out of memory")
+    cuda_graphs: bool = knob(True, "on CUDA, replay decode steps as graphs; False if a model cannot be captured")
     instruction: str | None = knob(None, "appended to every problem [ask for \\boxed{} unless the data is arithmetic]")
     thinking: bool = knob(False, "let templates that can switch it (Qwen3) open a thinking block")
     # reward and advantage
@@ -144,7 +146,7 @@ class Config:
 
 
 # What may differ when a run is resumed: it changes reports, memory or speed and not what is learned.
-HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "micro_tokens", "gradient_checkpointing", "fsdp", "rehearse",
+HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "cuda_graphs", "micro_tokens", "gradient_checkpointing", "fsdp", "rehearse",
             "eval_every", "save_every", "keep", "log_samples_every")
 
 # alias -> hub id and the defaults that suit it. The real ones are sized for one GPU of 16-24 GB up to 0.6B parameters
@@ -401,15 +403,27 @@ def load_model(cfg: Config):
     for module in model.modules():  # dropout would make the ratio differ from 1 before the first update
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
+        elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    # token_logp applies the output layer itself, to response tokens only
-    probe = torch.arange(8)[None]
-    with torch.no_grad():
-        if not torch.allclose(model(probe).logits, logits_of(model, model.base_model(probe).last_hidden_state), atol=1e-4):
-            raise UserError(f"--model {cfg.model}: {type(model).__name__} changes its logits after the output layer; "
-                            "choose a Qwen, Llama, Mistral or similar model")
+    try:
+        gap = probe(model)
+    except Exception as error:  # whatever an unusual architecture makes of our masks and cache
+        gap = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    if not (isinstance(gap, float) and gap < 1e-3):
+        raise UserError(f"--model {cfg.model}: sampler and trainer do not agree on a {type(model).__name__} ({gap}), for example "
+                        "because it changes its logits after the output layer; choose a Qwen, Llama, Mistral or similar model")
     return model, tokenizer
+
+
+@torch.no_grad()
+def probe(model) -> float:
+    """Largest difference between the log-probabilities of the sampler and of `token_logp` on a few greedy tokens."""
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    drawn = sample(model.eval(), prompts, 1, stop_ids=[], pad_id=0, max_new_tokens=4, temperature=0)
+    tokens, attention, mask = collate([Sample("", "", prompt, response, "", 0.0, False, 0.0) for prompt, (response, _, _)
+                                       in zip(prompts, drawn)], 0, model.device)
+    logp = token_logp(model, tokens, attention, mask, 1.0)[0][mask]
+    return (logp - torch.cat([sampled for _, sampled, _ in drawn])).abs().max().item()
 
 
 def pad_token(tokenizer) -> int:
@@ -451,30 +465,22 @@ def check_prompts(problems: list[dict], model, tokenizer, cfg: Config) -> list[i
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
+# Each prompt is read once (`prefill`); then every response grows by a token at a time (`decode_step`, `pick`). What a
+# decode step reads and writes stays at fixed addresses in a `Decoder`, so that on CUDA a step is one replayed graph.
 
 CHECK_EVERY = 8  # decode steps between looks at which rows have stopped; a look makes a GPU wait for the host
+CONTEXT_STEP = 256  # a CUDA graph is captured for every so many columns of the key/value cache
+CACHE = "cache" if "cache" in inspect.signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"  # before 5.24
 
 
-def prefill(model, prompts: list[list[int]], group_size: int, pad_id: int):
-    """Read each prompt once and repeat its key/value cache for the group.
-
-    Returns next-token logits (Q*G, V), the cache, and the attention mask (Q*G, P), left-padded.
-    """
+def prefill(model, prompts: list[list[int]], pad_id: int):
+    """Read each prompt once: next-token logits (Q, V), the cache, and which of its columns are no padding, (Q, P) bool."""
     width = max(map(len, prompts))
-    tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)  # (Q, P)
+    tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)  # (Q, P), left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a prompt's positions
     out = model(tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    out.past_key_values.batch_repeat_interleave(group_size)
-    return out.logits[:, -1].repeat_interleave(group_size, 0), out.past_key_values, mask.repeat_interleave(group_size, 0)
-
-
-def decode_step(model, token: Tensor, cache, mask: Tensor):
-    """Feed token (N,) and return the logits (N, V) after it and the mask one column longer."""
-    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    out = model(token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache,
-                use_cache=True)
-    return out.logits[:, -1], mask
+    return out.logits[:, -1], out[CACHE], mask.bool()
 
 
 def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -492,45 +498,168 @@ def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor
             ranked, order = probs.sort(-1, descending=True)
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
-        token = torch.multinomial(probs, 1)[:, 0]
+        # p / Exp(1) is largest at i with probability p_i; multinomial does the same but makes a GPU wait for its checks
+        token = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
     return token, logp.gather(-1, token[:, None])[:, 0], entropy
+
+
+class RowCache(Cache):
+    """Keys and values (R, heads, C, D) of every layer, of which the first `rows` and `columns` are in use. Unlike
+    transformers' StaticCache it repeats a prompt for its group, lets rows go, and shows attention only what is in use."""
+
+    def __init__(self, prompt_cache: Cache, rows: int, columns: int):
+        super().__init__(layers=[])
+        self.buffers = [[x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in (layer.keys, layer.values)]
+                        for layer in prompt_cache.layers]
+        self.column = torch.zeros(1, dtype=torch.long, device=self.buffers[0][0].device)  # where the next token goes
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+        for buffer, new in zip(self.buffers[layer_idx], (keys, values)):
+            buffer[:self.rows].index_copy_(2, self.column, new)
+        return [buffer[:self.rows, :, :self.columns] for buffer in self.buffers[layer_idx]]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns - 1
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        return self.buffers[0][0].shape[2]
+
+
+class Decoder:
+    """The responses that are being sampled. `bucketed` (as on CUDA) rounds rows and columns up to few sizes, for each of
+    which `graphs` captures a CUDA graph; a decoder that is used again keeps them."""
+
+    def __init__(self, model, graphs: bool = True, bucketed: bool | None = None):
+        self.model, on_cuda = model, model.device.type == "cuda"
+        self.capturing, self.bucketed = graphs and on_cuda, on_cuda if bucketed is None else bucketed
+        self.clear()
+
+    def clear(self) -> None:
+        self.cache, self.graphs = None, {}
+        self.pool = torch.cuda.graph_pool_handle() if self.capturing else None  # graphs use the same memory in turns
+
+    def row_bucket(self, n: int) -> int:
+        """n, or the next 2^k or 3 * 2^k."""
+        power = 1 << (n - 1).bit_length()
+        return n if not self.bucketed else power * 3 // 4 if n <= power * 3 // 4 and power > 3 else power
+
+    def column_bucket(self, n: int) -> int:
+        return -(-n // CONTEXT_STEP) * CONTEXT_STEP if self.bucketed else n
+
+    def start(self, prompts: list[list[int]], group_size: int, pad_id: int, max_new_tokens: int) -> Tensor:
+        """Prefill and lay every prompt's cache out for the rows of its group; returns the first logits (Q*G, V)."""
+        logits, prompt_cache, visible = prefill(self.model, prompts, pad_id)
+        (n, width), device = (len(prompts) * group_size, visible.shape[1]), logits.device
+        rows, columns = self.row_bucket(n), self.column_bucket(width + max_new_tokens)
+        if self.cache is None or not self.bucketed or rows > len(self.row) or columns > self.hidden.shape[1]:
+            self.clear()
+            self.cache = RowCache(prompt_cache, rows, columns)
+            self.hidden = torch.empty(rows, columns, dtype=self.model.dtype, device=device)  # added to attention's scores
+            self.row, self.token = torch.empty(2, rows, dtype=torch.long, device=device)  # response that a row writes
+            self.position = torch.empty(rows, 1, dtype=torch.long, device=device)
+            self.t = torch.empty(1, dtype=torch.long, device=device)
+            self.tokens = torch.empty(rows, columns, dtype=torch.long, device=device)
+            self.logps, self.entropies = torch.empty(2, rows, columns, device=device)
+        for buffers, layer in zip(self.cache.buffers, prompt_cache.layers):
+            for buffer, x in zip(buffers, (layer.keys, layer.values)):  # a sliding layer has kept only its last columns
+                buffer[:n, :, width - x.shape[2]:width] = x.repeat_interleave(group_size, 0)
+        self.hidden.fill_(torch.finfo(self.hidden.dtype).min)
+        self.hidden[:n, :width].masked_fill_(visible.repeat_interleave(group_size, 0), 0.0)
+        self.position.zero_()[:n] = visible.sum(1, keepdim=True).repeat_interleave(group_size, 0) - 1
+        self.row.copy_(torch.arange(len(self.row), device=device))
+        self.token.zero_()
+        self.t.zero_()
+        self.cache.column.fill_(width - 1)
+        self.cache.rows, self.filled = n, width
+        return logits.repeat_interleave(group_size, 0)
+
+    def write(self, logits: Tensor, temperature: float, top_p: float) -> None:
+        """Pick every row's next token and note it where its response stands."""
+        token, logp, entropy = pick(logits, temperature, top_p)
+        row = self.row[:len(token)]
+        self.token[:len(token)] = token
+        self.tokens[row, self.t], self.logps[row, self.t], self.entropies[row, self.t] = token, logp, entropy
+
+    def decode_step(self, temperature: float, top_p: float) -> None:
+        """Feed every row its last token and pick the next. It runs on the device alone, and can be captured."""
+        rows, columns = self.cache.rows, self.cache.columns
+        for counter in (self.t, self.cache.column, self.position):
+            counter.add_(1)
+        hidden = self.hidden[:rows, :columns].index_fill_(1, self.cache.column, 0.0)[:, None, None]  # (N, 1, 1, C)
+        masks = {"full_attention": hidden}
+        if window := getattr(self.model.config, "sliding_window", None):
+            beyond = torch.arange(columns, device=hidden.device) <= self.cache.column - window
+            masks["sliding_attention"] = hidden.masked_fill(beyond, torch.finfo(hidden.dtype).min)
+        kinds = set(getattr(self.model.config, "layer_types", None) or [list(masks)[-1]])
+        out = self.model(self.token[:rows, None], attention_mask=masks if len(kinds) > 1 else masks[kinds.pop()],
+                         position_ids=self.position[:rows], use_cache=True, **{CACHE: self.cache})
+        self.write(out.logits[:, -1], temperature, top_p)
+
+    def advance(self, temperature: float, top_p: float) -> None:
+        """One decode step: replayed if it was captured at this size, else run, and captured for the next time."""
+        self.filled += 1
+        self.cache.columns = self.column_bucket(self.filled)
+        size = (self.cache.rows, self.cache.columns, temperature, top_p)
+        if size in self.graphs:
+            return self.graphs[size].replay()
+        self.decode_step(temperature, top_p)
+        if self.capturing:
+            torch.cuda.synchronize()
+            self.graphs[size] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
+                self.decode_step(temperature, top_p)  # is only recorded here
+
+    def keep(self, live: Tensor) -> None:
+        """Let the rows go that are not live (rows,) bool, as far as the next smaller size allows."""
+        rows = self.row_bucket(int(live.sum()))
+        if rows >= self.cache.rows:
+            return
+        order = live.int().argsort(descending=True, stable=True)[:rows]
+        for state in (self.token, self.position, self.row, self.hidden):
+            state[:rows] = state[order]
+        for buffer in itertools.chain.from_iterable(self.cache.buffers):
+            buffer[:rows, :, :self.filled] = buffer[order, :, :self.filled]
+        self.cache.rows = rows
 
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], group_size: int, *, stop_ids: list[int], pad_id: int, max_new_tokens: int,
-           temperature: float = 1.0, top_p: float = 1.0, bar=None) -> list[tuple[list[int], Tensor, float]]:
+           temperature: float = 1.0, top_p: float = 1.0, bar=None,
+           decoder: Decoder | None = None) -> list[tuple[list[int], Tensor, float]]:
     """Sample group_size responses to every prompt.
 
     Returns for each of Q*G responses, a group's side by side: its tokens up to and including the first stop token (absent
     if cut off), their log-probabilities (tokens,), and the policy's mean entropy over them in nats, at this temperature.
     """
-    logits, cache, mask = prefill(model, prompts, group_size, pad_id)
-    n, device = len(logits), logits.device
-    tokens = torch.full((n, max_new_tokens), pad_id, device=device)
-    logps = torch.zeros(n, max_new_tokens, device=device)
-    entropy = torch.zeros(n, device=device)
-    length = torch.full((n,), max_new_tokens, device=device)
-    stops = torch.tensor(stop_ids, device=device)
-    row = torch.arange(n, device=device)  # the response that each live row of the cache writes
-    for t in range(max_new_tokens):
-        token, logp, h = pick(logits, temperature, top_p)
-        writing = length[row] > t  # a row that has stopped is computed on until the next look, and ignored
-        tokens[row, t], logps[row, t] = token, logp
-        entropy[row] += h * writing
-        length[row] = torch.where(writing & torch.isin(token, stops), t + 1, length[row])
-        last = t + 1 == max_new_tokens
-        if last or (t + 1) % CHECK_EVERY == 0:
-            live = (length[row] > t + 1).nonzero()[:, 0]
-            if bar is not None:
-                bar.update(len(row) - (0 if last else len(live)))
-            if last or not len(live):
-                break
-            if len(live) < len(row):  # rows that have stopped leave the batch
-                cache.batch_select_indices(live)
-                token, mask, row = token[live], mask[live], row[live]
-        logits, mask = decode_step(model, token, cache, mask)
+    decoder = decoder or Decoder(model)
+    try:
+        logits = decoder.start(prompts, group_size, pad_id, max_new_tokens)
+        decoder.write(logits, temperature, top_p)
+        n, stops = len(logits), torch.tensor(stop_ids, dtype=torch.long, device=logits.device)
+        done = decoder.row >= n
+        decoder.cache.rows = decoder.row_bucket(n)
+        for t in range(1, max_new_tokens):
+            if t % CHECK_EVERY == 0:  # a row that has stopped is computed on until then, and ignored
+                before = int(done.sum())
+                done |= torch.isin(decoder.tokens[:, t - CHECK_EVERY:t], stops).any(1)
+                if bar is not None:
+                    bar.update(int(done.sum()) - before)
+                if done.all():
+                    break
+                decoder.keep(~done[decoder.row[:decoder.cache.rows]])
+            decoder.advance(temperature, top_p)
+    except torch.OutOfMemoryError:
+        decoder.clear()
+        raise
+    if bar is not None:
+        bar.update(int((~done).sum()))
+    tokens = decoder.tokens[:n, :max_new_tokens]
+    stopped = torch.isin(tokens, stops)
+    length = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, max_new_tokens)
+    beyond = torch.arange(max_new_tokens, device=length.device) >= length[:, None]
+    entropy = decoder.entropies[:n, :max_new_tokens].masked_fill(beyond, 0.0).sum(1) / length
     return [(ids[:k], logp[:k], h) for ids, logp, k, h in
-            zip(tokens.tolist(), logps.cpu(), length.tolist(), (entropy / length).tolist())]
+            zip(tokens.tolist(), decoder.logps[:n].cpu(), length.tolist(), entropy.tolist())]
 
 
 # ---------------------------------------------------------------------------------------------- rollout and rewards
@@ -574,7 +703,8 @@ def with_memory(cfg: Config, name: str, least: int, work: Callable):
         torch.cuda.empty_cache()
 
 
-def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None, top_p: float = 1.0) -> list[Sample]:
+def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None, top_p: float = 1.0,
+             decoder: Decoder | None = None) -> list[Sample]:
     """Sample and score group_size responses to every problem, `sample_rows` of them at a time; training needs top_p = 1."""
     stop_ids = stop_tokens(model, tokenizer)
     prompts = [encode(tokenizer, row["problem"], cfg) for row in problems]
@@ -586,7 +716,7 @@ def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Confi
             some = prompts[first:first + max(1, cfg.sample_rows // group_size)]
             return [response for k in range(0, group_size, share) for response in
                     sample(model, some, min(share, group_size - k), stop_ids=stop_ids, pad_id=pad_token(tokenizer),
-                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=top_p, bar=bar)]
+                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=top_p, bar=bar, decoder=decoder)]
 
         responses = with_memory(cfg, "sample_rows", 1, chunk)
         texts = tokenizer.batch_decode([response for response, _, _ in responses], skip_special_tokens=True)
@@ -607,15 +737,15 @@ def groups_of(samples: list[Sample], size: int) -> list[list[Sample]]:
     return [samples[i:i + size] for i in range(0, len(samples), size)]
 
 
-def collect(model, tokenizer, stream: ProblemStream, cfg: Config, bar=None) -> list[Sample]:
+def collect(model, tokenizer, stream: ProblemStream, cfg: Config, bar=None, decoder: Decoder | None = None) -> list[Sample]:
     """This process's share of a rollout of `prompts` groups; dynamic sampling replaces uniform groups, `max_refills` times."""
     groups = []
     for _ in range(1 + cfg.max_refills):
         groups = [group for group in groups if not is_uniform(group)]
         missing = cfg.prompts // world() - len(groups)
         problems = stream.take(max(gather(missing)) * world())  # by all in step, so that the streams stay equal
-        groups += groups_of(roll_out(model, tokenizer, problems[rank()::world()][:missing], cfg.group_size, cfg, bar),
-                            cfg.group_size)
+        groups += groups_of(roll_out(model, tokenizer, problems[rank()::world()][:missing], cfg.group_size, cfg, bar,
+                                     decoder=decoder), cfg.group_size)
         if not any(gather(any(map(is_uniform, groups)))):
             break
     return sum(groups, [])
@@ -1025,12 +1155,13 @@ def seed_step(cfg: Config, step: int) -> None:
     torch.manual_seed(random.Random(f"{cfg.seed} {step}").getrandbits(63) + rank())
 
 
-def heldout_accuracy(model, tokenizer, problems: list[dict], cfg: Config) -> float:
+def heldout_accuracy(model, tokenizer, problems: list[dict], cfg: Config, decoder: Decoder | None = None) -> float:
     """Share of right samples, eval_samples a problem, at the training temperature, with the same seed every time."""
     seed_step(cfg, 0)
     model.eval()
     with progress(len(problems) * cfg.eval_samples, "held-out") as bar:
-        samples = sum(gather(roll_out(model, tokenizer, problems[rank()::world()], cfg.eval_samples, cfg, bar)), [])
+        samples = sum(gather(roll_out(model, tokenizer, problems[rank()::world()], cfg.eval_samples, cfg, bar,
+                                      decoder=decoder)), [])
     return sum(s.correct for s in samples) / len(samples)
 
 
@@ -1039,6 +1170,14 @@ def choose_precision(device: torch.device) -> torch.dtype | None:
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def with_weights_in(precision: torch.dtype | None, model):
+    """The model with parameters of this type. Not model.to(): it rounds buffers too, and a rotary frequency in bf16 points
+    somewhere else after a few hundred tokens."""
+    for p in model.parameters():
+        p.data = p.data.to(precision or p.dtype)
+    return model
 
 
 def shard(model) -> None:
@@ -1179,16 +1318,15 @@ def summary(m: dict, steps: int) -> str:
     return line + (f"  held-out {m['heldout_accuracy']:.3f}" if "heldout_accuracy" in m else "")
 
 
-def rehearse(model, sampler, tokenizer, longest: list[int], cfg: Config, autocast) -> None:
+def rehearse(model, decoder: Decoder, tokenizer, longest: list[int], cfg: Config, autocast) -> None:
     """Run the longest sampling and update batches that can occur, so that too small a GPU shows it now, not after hours."""
     pad_id, full = pad_token(tokenizer), len(longest) + cfg.max_new_tokens
 
-    @torch.no_grad()
     def sampling():
         share = min(cfg.group_size, cfg.sample_rows)
         queries = min(max(1, cfg.sample_rows // cfg.group_size), cfg.prompts // world())
-        logits, cache, mask = prefill(sampler, [[*longest, *[pad_id] * (cfg.max_new_tokens - 1)]] * queries, share, pad_id)
-        decode_step(sampler, logits.argmax(-1), cache, mask)
+        sample(decoder.model, [[*longest, *[pad_id] * (cfg.max_new_tokens - 2)]] * queries, share, stop_ids=[], pad_id=pad_id,
+               max_new_tokens=2, temperature=cfg.temperature, decoder=decoder)
 
     def updating():
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW's, before it has made them
@@ -1199,7 +1337,7 @@ def rehearse(model, sampler, tokenizer, longest: list[int], cfg: Config, autocas
         model.zero_grad(set_to_none=True)
         del moments
 
-    sampler.eval()
+    decoder.model.eval()
     with_memory(cfg, "sample_rows", 1, sampling)
     model.train()
     with_memory(cfg, "micro_tokens", full, updating)
@@ -1266,7 +1404,8 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
     if checkpoint:
         model = checkpoint[0].to(device)
     # a half-precision copy samples: half the bytes to read per token, and nothing to cast
-    sampler = model if precision is None and not cfg.fsdp else copy.deepcopy(model).to(precision).eval()
+    sampler = model if precision is None and not cfg.fsdp else with_weights_in(precision, copy.deepcopy(model))
+    decoder = Decoder(sampler, cfg.cuda_graphs)
     if cfg.gradient_checkpointing:  # only in train mode: while sampling it would turn the key/value cache off
         # its new name, activation_checkpointing_enable, is missing from older releases
         warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*")
@@ -1274,7 +1413,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
     if cfg.fsdp:
         shard(model)
     if cfg.rehearse or (cfg.rehearse is None and device.type == "cuda"):
-        rehearse(model, sampler, tokenizer, longest, cfg, autocast)
+        rehearse(model, decoder, tokenizer, longest, cfg, autocast)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     scheduler = get_constant_schedule_with_warmup(optimizer, cfg.lr_warmup)
     stream, said, skipped = ProblemStream(train_problems, cfg.seed), set(), 0
@@ -1283,7 +1422,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
         before = after = state["before"]
         say(f"resumed after step {state['step']}")
     else:
-        before = after = heldout_accuracy(sampler, tokenizer, heldout, cfg)
+        before = after = heldout_accuracy(sampler, tokenizer, heldout, cfg, decoder)
         say(f"held-out accuracy before RL {before:.3f}")
     if rank() == 0:
         for name in LOGS:  # what was written after the checkpoint comes again
@@ -1295,7 +1434,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
         seed_step(cfg, step)
         sampler.eval()
         with progress(cfg.prompts // world() * cfg.group_size, f"step {step} sampling") as bar:
-            samples = collect(sampler, tokenizer, stream, cfg, bar)
+            samples = collect(sampler, tokenizer, stream, cfg, bar, decoder)
         rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)  # (Q, G)
         for s, advantage in zip(samples, group_advantages(rewards, cfg.divide_by_std).flatten().tolist()):
             s.advantage = advantage
@@ -1318,7 +1457,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
             "grad_norm": sum(finite) / max(1, len(finite)), "skipped_steps": len(grad_norms) - len(finite),
             "lr": scheduler.get_last_lr()[0], "sample_seconds": sampled - started, "update_seconds": updated - sampled}
         if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            metrics["heldout_accuracy"] = after = heldout_accuracy(sampler, tokenizer, heldout, cfg)
+            metrics["heldout_accuracy"] = after = heldout_accuracy(sampler, tokenizer, heldout, cfg, decoder)
         if rank() == 0:
             append(out / "metrics.jsonl", [metrics])
             if step == 1 or step % cfg.log_samples_every == 0:

@@ -196,7 +196,8 @@ def evaluate(name: str, benches: dict[str, list[dict]], out: Path, args) -> dict
     for problems in benches.values():
         aspo.check_prompts(problems, model, tokenizer, cfg)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    model = model.to(device, aspo.choose_precision(device) or torch.float32).eval()
+    model = aspo.with_weights_in(aspo.choose_precision(device), model.to(device)).eval()
+    decoder = aspo.Decoder(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write(out / "results.json", results)
@@ -215,7 +216,7 @@ def evaluate(name: str, benches: dict[str, list[dict]], out: Path, args) -> dict
                 new = [{"problem": s.problem, "response": s.text, "extracted": extract_answer(s.text), "gold": s.gold,
                         "correct": bool(s.correct), "truncated": s.truncated, "tokens": len(s.response),
                         "repetition": aspo.repetition(s.text)}
-                       for s in aspo.roll_out(model, tokenizer, problems[first:first + chunk], args.k, cfg, top_p=top_p)]
+                       for s in aspo.roll_out(model, tokenizer, problems[first:first + chunk], args.k, cfg, top_p=top_p, decoder=decoder)]
                 aspo.append(path, new)
                 rows += new
                 bar.update(len(new))

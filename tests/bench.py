@@ -75,7 +75,7 @@ class Bench:
 
     def sampler(self):
         if self.half is None:
-            self.half = self.model if self.precision is None else load(self.args.model, self.device).to(self.precision)
+            self.half = self.model if self.precision is None else aspo.with_weights_in(self.precision, load(self.args.model, self.device))
         return self.half.eval()
 
     def ours_sampling(self) -> int:

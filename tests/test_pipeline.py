@@ -61,7 +61,7 @@ def test_padding_side_changes_nothing(tiny):
     """The sampler pads on the left, the trainer on the right: logits after the prompt must be the same."""
     model, tokenizer = tiny
     prompts = [ids(tokenizer, text) for text in PROMPTS]
-    left, _, _ = aspo.prefill(model, prompts, 1, tokenizer.pad_token_id)
+    left, _, _ = aspo.prefill(model, prompts, tokenizer.pad_token_id)
     for row, prompt in zip(left, prompts):
         torch.testing.assert_close(row, model(torch.tensor([prompt])).logits[0, -1], atol=1e-4, rtol=0)
 
@@ -109,19 +109,90 @@ def draw(model, tokenizer, prompts, group_size, **options):
     return sample(model, prompts, group_size, stop_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, **options)
 
 
-def test_greedy_sampling_is_generate(tiny):
-    """Mixed prompt lengths and groups; many rows stop early, so that the batch is compacted on the way."""
+def generated(model, prompts, stop, new_tokens):
+    """The same by transformers, one unpadded prompt at a time."""
+    return [model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, pad_token_id=0,
+                           max_new_tokens=new_tokens, eos_token_id=stop)[0, len(prompt):].tolist() for prompt in prompts]
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_greedy_sampling_is_generate(tiny, bucketed, monkeypatch):
+    """Mixed prompt lengths and groups; many rows stop early, so that the batch is compacted on the way; buckets as on CUDA.
+    One decoder for all calls: what a larger call left in its buffers must not be seen by a smaller one."""
+    monkeypatch.setattr(aspo, "CONTEXT_STEP", 16)
     model, tokenizer = tiny
+    decoder = aspo.Decoder(model, bucketed=bucketed)
     prompts = [ids(tokenizer, text) for text in PROMPTS] + [ids(tokenizer, f"{a}+{b}=") for a in range(4) for b in (3, 7)]
-    free = model.generate(torch.tensor([prompts[4]]), do_sample=False, max_new_tokens=45, eos_token_id=-1)
-    for stop in sorted(set(free[0, -30:].tolist()))[:2]:  # an untrained model never says eos; stop at what it does say
-        drawn = sample(model, prompts, 2, stop_ids=[stop], pad_id=0, max_new_tokens=45, temperature=0)
-        responses = [response for response, _, _ in drawn]
-        for i, prompt in enumerate(prompts):
-            expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
-                                      max_new_tokens=45, eos_token_id=stop, pad_token_id=0)[0, len(prompt):].tolist()
-            assert responses[2 * i] == responses[2 * i + 1] == expected
+    free = generated(model, prompts[4:5], -1, 45)[0]
+    sizes, step = set(), aspo.Decoder.decode_step
+    monkeypatch.setattr(aspo.Decoder, "decode_step",
+                        lambda self, *args: (sizes.add((self.cache.rows, self.cache.columns)), step(self, *args)))
+    for stop in sorted(set(free[-30:]))[:2]:  # an untrained model never says eos; stop at what it does say
+        for some in (prompts, prompts[:3]):
+            drawn = sample(model, some, 2, stop_ids=[stop], pad_id=0, max_new_tokens=45, temperature=0, decoder=decoder)
+            responses = [response for response, _, _ in drawn]
+            assert responses[::2] == responses[1::2] == generated(model, some, stop, 45)
         assert len({len(r) for r in responses}) > 1
+    rows, columns = map(set, zip(*sizes))
+    assert len(rows) > 2  # compaction happened
+    if bucketed:
+        assert rows <= {1, 2, 3, 4, 6, 8, 12, 16, 24} and columns <= {16, 32, 48, 64} and len(columns) > 2
+    else:
+        assert len(columns) > 30
+
+
+@pytest.mark.parametrize("config", [
+    dict(layer_types=["full_attention", "sliding_attention"]), dict(layer_types=["sliding_attention"] * 2)])
+def test_sliding_windows_are_kept(config):
+    """Layers that look back over 8 tokens only, beside or without others, where prompt and response are longer than that."""
+    torch.manual_seed(0)
+    model = aspo.Qwen2ForCausalLM(aspo.Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, use_sliding_window=True, sliding_window=8, initializer_range=0.3, **config)).eval()
+    prompts = [[*range(3, 3 + n)] for n in (2, 12, 7)]
+    drawn = sample(model, prompts, 1, stop_ids=[], pad_id=0, max_new_tokens=20, temperature=0)
+    assert [response for response, _, _ in drawn] == generated(model, prompts, -1, 20)
+    model.config.sliding_window = 100  # the window mattered
+    assert [response for response, _, _ in drawn] != [r for r, _, _ in sample(
+        model, prompts, 1, stop_ids=[], pad_id=0, max_new_tokens=20, temperature=0)]
+
+
+def test_a_decoder_sees_weights_that_change_in_place(tiny):
+    """As the half-precision copy on CUDA does after every update; a graph reads the same addresses."""
+    model, tokenizer = tiny
+    decoder, prompts = aspo.Decoder(model, bucketed=True), [ids(tokenizer, text) for text in PROMPTS]
+    greedy = lambda: [r for r, _, _ in draw(model, tokenizer, prompts, 2, max_new_tokens=20, temperature=0, decoder=decoder)]
+    before, buffers = greedy(), decoder.cache.buffers
+    torch.manual_seed(3)
+    other = aspo.tiny_model()[0]
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters()):
+            p.copy_(q)
+    after = greedy()
+    assert after == [r for r, _, _ in draw(other.eval(), tokenizer, prompts, 2, max_new_tokens=20, temperature=0)] != before
+    assert decoder.cache.buffers is buffers
+
+
+def test_half_precision_weights_leave_rotary_frequencies_alone(tiny):
+    model, _ = tiny
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    half = aspo.with_weights_in(torch.bfloat16, copy.deepcopy(model))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in half.named_buffers() if name in before)
+    assert half.get_output_embeddings().weight is half.get_input_embeddings().weight  # still tied
+
+
+def test_a_model_on_which_sampler_and_trainer_disagree_is_refused(tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    _, tokenizer = aspo.tiny_model()
+    small = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    for model in (GraniteForCausalLM(GraniteConfig(**small, intermediate_size=64, logits_scaling=4.0, initializer_range=0.3)),
+                  BloomForCausalLM(BloomConfig(**small))):  # one scales its logits, one cannot take our mask
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(aspo.UserError, match="sampler and trainer do not agree"):
+            aspo.load_model(Config(model=str(tmp_path)))
 
 
 def test_samples_follow_the_softmax(tiny):
@@ -179,7 +250,7 @@ def test_dynamic_sampling_replaces_uniform_groups(tiny, monkeypatch):
     model, tokenizer = tiny
     asked = []
 
-    def fake(model, tokenizer, problems, group_size, cfg, bar=None):
+    def fake(model, tokenizer, problems, group_size, cfg, bar=None, decoder=None):
         asked.append([row["problem"] for row in problems])
         made = []
         for row in problems:  # even problems give mixed rewards, odd ones equal rewards
@@ -364,6 +435,23 @@ def test_demonstrations_work_in_steps_and_sometimes_slip():
     right = sum(d.endswith("\n#### 11") for d in demos) / 400
     assert 0.25 < right < 0.55
     assert {aspo.sloppy_demonstration("3+1+5", rng, slip=0) for _ in range(50)} == {"4+5=9\n#### 9", "3+6=9\n#### 9"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_graphs_sample_as_plain_steps_do(tiny):
+    model, tokenizer = tiny[0].cuda(), tiny[1]
+    prompts = [ids(tokenizer, text) for text in PROMPTS]
+    plain, graphs = (aspo.Decoder(model, graphs=on) for on in (False, True))
+    for stop in (5, 9):
+        greedy = [[r for r, _, _ in sample(model, prompts, 4, stop_ids=[stop], pad_id=0, max_new_tokens=60, temperature=0, decoder=d)]
+                  for d in (plain, graphs)]
+        assert greedy[0] == greedy[1]
+    assert graphs.graphs and not plain.graphs
+    drawn = []
+    for _ in range(2):  # the first captures, the second replays; a replay must draw new tokens every time
+        torch.manual_seed(0)
+        drawn.append([r for r, _, _ in sample(model, prompts, 64, stop_ids=[], pad_id=0, max_new_tokens=60, decoder=graphs)])
+    assert len(set(map(tuple, drawn[1]))) > 200
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
