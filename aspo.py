@@ -116,7 +116,7 @@ class Config:
     loss_agg: str | None = knob(None, "mean over tokens, mean of sequence means, or sum / (sequences x max_new_tokens) "
                                       "[token; gspo: sequence; dr-grpo: constant]", choices=("token", "sequence", "constant"))
     kl_coef: float = knob(0.0, "weight of the k3 KL to the initial model; 0 keeps that model out of memory")
-    tis_cap: float = knob(0.0, "weigh by exp(old_logp - the sampler's logp), capped here (2 is usual), against its rounding; 0 is off")
+    tis_cap: float = knob(0.0, "weigh by exp(old_logp - sampler's logp), capped here (2 is usual), against rounding; 0 is off")
     # update
     minibatch: int = knob(8, "prompts per optimiser step; prompts / minibatch * epochs steps use one rollout")
     epochs: int = knob(2, "passes over a rollout; with a single update per rollout all ratios are 1")
@@ -146,8 +146,8 @@ class Config:
 
 
 # What may differ when a run is resumed: it changes reports, memory or speed and not what is learned.
-HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "cuda_graphs", "micro_tokens", "gradient_checkpointing", "fsdp", "rehearse",
-            "eval_every", "save_every", "keep", "log_samples_every")
+HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "cuda_graphs", "micro_tokens", "gradient_checkpointing", "fsdp",
+            "rehearse", "eval_every", "save_every", "keep", "log_samples_every")
 
 # alias -> hub id and the defaults that suit it. The real ones are sized for one GPU of 16-24 GB up to 0.6B parameters
 # (fp32 weights, gradients and two Adam moments are 16 bytes a parameter) and of 40 GB from 1.5B.
@@ -157,7 +157,7 @@ PRESETS = {
     "tiny": ("tiny", dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40, lr=3e-4, eval_every=11)),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
     "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", _SMALL),
-    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", _SMALL),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", _SMALL | dict(sample_rows=64)),  # its cache is 112 KiB a token, Qwen2.5-0.5B's 12
     "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", _SMALL),
     "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B", _LONG),
     "r1-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", _LONG | dict(max_new_tokens=4096, sample_rows=64)),
@@ -170,8 +170,8 @@ def check(cfg: Config) -> None:
                  "eval_samples", "log_samples_every", "keep", "temperature", "lr", "grad_clip", "dual_clip"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "tis_cap", "weight_decay", "lr_warmup",
-                 "sft_steps", "eval_every", "save_every"):
+    for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "tis_cap", "weight_decay",
+                 "lr_warmup", "sft_steps", "eval_every", "save_every"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.loss not in WEIGHTS:
@@ -1051,7 +1051,7 @@ METRICS = {
     "dual_clip_frac_pos": ("share of + tokens with w capped at dual_clip", "near 0; aspo only"),
     "dual_clip_frac_neg": ("share of - tokens with r > dual_clip", "near 0"),
     "approx_kl": ("mean of r - 1 - log r, an estimate of KL(old, new)", "under 0.05"),
-    "sampler_mismatch": ("mean of |log pi_old - the log-probability that the sampler saw|", "1e-6 in fp32; more in half precision"),
+    "sampler_mismatch": ("mean absolute difference of log pi_old and the sampler's log-probability", "1e-6 in fp32; more in half precision"),
     "kl_ref": ("mean of exp(d) - d - 1, d = log pi_ref - log pi; only with kl_coef > 0", "grows slowly"),
     "grad_norm": ("mean gradient norm before clipping, 0 if no step was made", "steady; spikes foretell trouble"),
     "skipped_steps": ("optimiser steps left out because the gradient was not finite", "0; with fp16 a few"),
@@ -1163,6 +1163,19 @@ def heldout_accuracy(model, tokenizer, problems: list[dict], cfg: Config, decode
         samples = sum(gather(roll_out(model, tokenizer, problems[rank()::world()], cfg.eval_samples, cfg, bar,
                                       decoder=decoder)), [])
     return sum(s.correct for s in samples) / len(samples)
+
+
+def use_device(cfg: Config) -> torch.device:
+    """The device of this process; raises UserError if it cannot be used."""
+    try:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and dist.is_initialized() else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_precision(device: torch.device) -> torch.dtype | None:
@@ -1308,6 +1321,31 @@ def append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def log(metrics: dict, samples: list[Sample], tokenizer, cfg: Config) -> None:
+    """A step's line of metrics.jsonl, and now and then some whole groups for samples.jsonl."""
+    step = metrics["step"]
+    if rank() == 0:
+        append(Path(cfg.out) / "metrics.jsonl", [metrics])
+        if step == 1 or step % cfg.log_samples_every == 0:
+            append(Path(cfg.out) / "samples.jsonl", [
+                {"step": step, "problem": s.problem, "prompt": tokenizer.decode(s.prompt), "response": s.text,
+                 "gold": s.gold, "reward": s.reward, "advantage": s.advantage} for s in samples[:4 * cfg.group_size]])
+
+
+def announce(model, precision: torch.dtype | None, problems: list[dict], heldout: list[dict], cfg: Config) -> None:
+    """What is about to happen."""
+    device, minibatches = model.device, cfg.prompts // cfg.minibatch
+    say(f"model    {cfg.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"on {f'{world()} x ' * (world() > 1)}{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
+        f"{str(precision or torch.float32).removeprefix('torch.')}\n"
+        f"data     {cfg.data}: {len(problems):,} problems to train on, {len(heldout)} held out\n"
+        f"rollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most {cfg.max_new_tokens} tokens: up to "
+        f"{cfg.prompts * cfg.group_size * cfg.max_new_tokens:,} tokens a step, {cfg.steps} steps\n"
+        f"update   {cfg.loss}, {minibatches} mini-batches x {cfg.epochs} epochs = {minibatches * cfg.epochs} optimiser steps "
+        f"per rollout; at the first every ratio is 1, as it should be\n"
+        f"folder   {cfg.out}")
+
+
 def summary(m: dict, steps: int) -> str:
     """The one line a step that the user reads."""
     number = lambda value: " n/a " if value is None else f"{value:.3f}"  # no such tokens: every group was uniform
@@ -1361,15 +1399,7 @@ def open_run(cfg: Config) -> None:
 def train(cfg: Config, stop: Stop | None = None) -> dict:
     """Run or resume a training and return the last step's metrics. Raises UserError before any work on bad input."""
     check(cfg)
-    out = Path(cfg.out)
-    try:
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and dist.is_initialized() else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    out, device = Path(cfg.out), use_device(cfg)
     set_seed(cfg.seed)
     checkpoint = load_checkpoint(cfg) if cfg.resume else None
     state = checkpoint[2] if checkpoint else {"step": 0}
@@ -1385,16 +1415,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
     autocast = lambda: torch.autocast(device.type, dtype=precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     model.to(device)  # fp32 master weights; AdamW must see them and not a half-precision copy
-    minibatches = cfg.prompts // cfg.minibatch
-    say(f"model    {cfg.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"on {f'{world()} x ' * (world() > 1)}{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
-        f"{str(precision or torch.float32).removeprefix('torch.')}\n"
-        f"data     {cfg.data}: {len(train_problems):,} problems to train on, {len(heldout)} held out\n"
-        f"rollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most {cfg.max_new_tokens} tokens: up to "
-        f"{cfg.prompts * cfg.group_size * cfg.max_new_tokens:,} tokens a step, {cfg.steps} steps\n"
-        f"update   {cfg.loss}, {minibatches} mini-batches x {cfg.epochs} epochs = {minibatches * cfg.epochs} optimiser steps "
-        f"per rollout; at the first every ratio is 1, as it should be\n"
-        f"folder   {out}")
+    announce(model, precision, train_problems, heldout, cfg)
 
     if cfg.model == "tiny" and (checkpoint is None or cfg.kl_coef):
         sft_warmup(model, tokenizer, train_problems, cfg)
@@ -1458,14 +1479,9 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
             "lr": scheduler.get_last_lr()[0], "sample_seconds": sampled - started, "update_seconds": updated - sampled}
         if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
             metrics["heldout_accuracy"] = after = heldout_accuracy(sampler, tokenizer, heldout, cfg, decoder)
-        if rank() == 0:
-            append(out / "metrics.jsonl", [metrics])
-            if step == 1 or step % cfg.log_samples_every == 0:
-                append(out / "samples.jsonl", [
-                    {"step": step, "problem": s.problem, "prompt": tokenizer.decode(s.prompt), "response": s.text,
-                     "gold": s.gold, "reward": s.reward, "advantage": s.advantage} for s in samples[:4 * cfg.group_size]])
+        log(metrics, samples, tokenizer, cfg)
         say(summary(metrics, cfg.steps))
-        for key, text in warnings_for(metrics, minibatches * cfg.epochs).items():
+        for key, text in warnings_for(metrics, cfg.prompts // cfg.minibatch * cfg.epochs).items():
             if key not in said:
                 said.add(key)
                 say(f"warning: {text}")

@@ -192,10 +192,10 @@ def evaluate(name: str, benches: dict[str, list[dict]], out: Path, args) -> dict
             if results["settings"].get(key) != value:
                 raise UserError(f"{out} holds results with {key} {results['settings'].get(key)!r}, not {value!r}; choose "
                                 "another --out")
+    device = aspo.use_device(cfg)
     model, tokenizer = aspo.load_model(cfg)
     for problems in benches.values():
         aspo.check_prompts(problems, model, tokenizer, cfg)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     model = aspo.with_weights_in(aspo.choose_precision(device), model.to(device)).eval()
     decoder = aspo.Decoder(model)
     try:

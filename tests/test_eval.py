@@ -207,6 +207,7 @@ def test_bad_input_changes_nothing(trained, tmp_path, capsys):
             ([trained, "--bench", tmp_path / "empty.jsonl", *out], "no problems"), ([trained, "--bench", tmp_path / "nogold.jsonl", *out], "line 1"),
             ([trained, "--k", "0", *out], "--k"), ([trained, "--k", "x", *out], "--k"), ([trained, "--limit", "0", *out], "--limit"), ([trained, "--top_p", "0", *out], "--top_p"),
             ([trained, "--k", "2", "--temperature", "0", *out], "--temperature"), ([trained, "--nonsense", *out], "--nonsense"),
+            ([trained, "--device", "abacus", *out], "--device abacus"),
             ([tmp_path / "folder", *out], "cannot load"), ([], "MODEL_OR_RUN"),
             ([trained, "--limit", "4", "--k", "2", "--out", tmp_path / "a"], "k 1, not 2"),
             ([trained, "--limit", "4", "--out", tmp_path / "file" / "x"], "cannot write"),

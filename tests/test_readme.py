@@ -3,6 +3,7 @@ import dataclasses
 import math
 import re
 
+import memory
 import torch
 from conftest import ROOT
 
@@ -35,7 +36,8 @@ def table_in(section: str, text: str) -> tuple[int, int]:
     return re.compile(r"^\|.*(\n\|.*)*", re.M).search(text, text.index(f"\n## {section}\n")).span()
 
 
-TABLES = {"Metrics": metrics_table, "Flags": flags_table}
+TABLES = {"Metrics": metrics_table, "Flags": flags_table, "Train a real model": memory.presets_table,
+          "What a step costs": memory.largest_table}
 
 
 def test_tables_agree_with_the_code():
