@@ -114,11 +114,13 @@ _CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\\$", r"\\dollar "), (r"\$", " "),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, ]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
     (r"(?<!\\)\\(?:[;:>, ()\[\]]|q?quad)|~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathbb ?([A-Z])", r"\\mathbb{\1}"),
+    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathbb ?\{? ?R ?\}?", r"\\reals "),
+    (r"\\mathbb ?\{? ?([A-Z]) ?\}?", r"\\text{the set \1}"), (r"(?<=[])}]) ?[uU] ?(?=[[({\\])", r"\\cup "),
+    (r"\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})", r"\\degree "),
     (r"\\(begin|end) ?([a-zA-Z]?matrix)", r"\\\1{\2}"),
     (r"\\(?:text|mathrm) ?\{([eij])\}", r"\1"), (r"\\text ?\{([^{}]*\b(?:and|or)\b[^{}]*)\}", r" \1 "),
     (r'^[ "`]+|[ "`]+$', ""), (r"(?<![.,;:])[.,;:]$", ""),
-    (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\mathbb{R}"), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"), (r" +", " "))]
+    (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\reals"), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"), (r" +", " "))]
 
 
 def _clean(text: str) -> str:
@@ -171,7 +173,7 @@ def _natural(function):
 _ARITHMETIC = {"+": Fraction.__add__, "*": Fraction.__mul__, "/": Fraction.__truediv__, "^": _power, "abs": abs,
                "!": _natural(math.factorial), "binom": _natural(math.comb), "gcd": _natural(math.gcd),
                "lcm": _natural(math.lcm), "max": max, "min": min,
-               "floor": lambda a: Fraction(math.floor(a)), "ceil": lambda a: Fraction(math.ceil(a)), "pct": lambda a: None}
+               "floor": lambda a: Fraction(math.floor(a)), "ceil": lambda a: Fraction(math.ceil(a))}
 
 
 def _op(name: str, *args):
@@ -221,12 +223,15 @@ def _has(node, name: str) -> bool:
 
 _REPEATING = r"\d*\.\d*\\(?:overline|bar|dot)\s*(?:\{\d+\}|\d)|\d*\.\d*\(\d+\)|\d*\.\d+(?:\.\.\.|\\[lc]?dots(?![a-zA-Z]))"
 _TOKEN = re.compile(
-    rf"\s*(?:(?P<rep>{_REPEATING})|(?P<base>\d[0-9A-F]*_(?:\d+|\{{\d+\}}))"
-    rf"|(?P<num>\d+(?:\.\d+|\.(?![.\d]))?(?:[eE][+-]?\d+(?![\d.]))?|\.\d+)|(?P<text>{_WRAPPER.pattern.replace('([', '(?:[')})"
-    r"|(?P<cmd>\\(?:[a-zA-Z]+|.))|(?P<word>(?:and|or)(?![a-z])|[^\W\d_]+)|(?P<op>\*\*|<=|>=|!=|==|\S))", re.S)
-_RELATIONS = {"=": "=", "==": "=", r"\equiv": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\in": "in", "!=": "!=", r"\ne": "!=",
-              r"\neq": "!=", **dict.fromkeys(("<=", r"\le", r"\leq", r"\leqslant"), "<="),
-              **dict.fromkeys((">=", r"\ge", r"\geq", r"\geqslant"), ">=")}
+    rf" ?(?:(?P<rep>{_REPEATING})|(?P<base>\d[0-9A-F]*_(?:\d+|\{{\d+\}}))"
+    r"|(?P<num>\d+(?:\.\d+|\.(?![.\d]))?(?:[eE][+-]?\d+(?![\d.]))?|\.\d+)"
+    rf"|{_WRAPPER.pattern.replace('([', '(?P<text>[')}|(?P<word>(?:and|or)(?![a-z])|\\?[^\W\d_]+)|(?P<op>\*\*|[<>!=]=|\\?.))")
+_ALIASES = {alias: token for token, aliases in {
+    "*": r"\cdot \times \ast", "/": r"\div", "^": "**", "=": r"== \equiv", "<": r"\lt", ">": r"\gt", "<=": r"\le \leq \leqslant",
+    ">=": r"\ge \geq \geqslant", "!=": r"\ne \neq", "∈": r"\in", ",": r"and or \vee \lor", "|": r"\lvert \rvert \vert \|",
+    "%": r"\% percent pct percentage", "°": r"\degree degree degrees deg", r"\{": r"\lbrace", r"\}": r"\rbrace", "$": r"\dollar",
+    r"\binom": r"\dbinom \tbinom", "": r"\vec \mathbf \mathrm \mathit \boldsymbol \hat \text \textbf \bold \boxed \fbox"}.items()
+    for alias in aliases.split()}
 _ARC = {prefix + name: "a" + name for name in ("sin", "cos", "tan", "cot", "sec", "csc") for prefix in ("arc", "a")}
 _FUNCTIONS = {*_ARC, "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "ln", "lg", "log", "sqrt",
               "cbrt", "abs", "floor", "ceil", "gcd", "lcm", "max", "min"}
@@ -235,19 +240,23 @@ _GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta 
 _NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen twenty".split())}
+_CONSTANTS = {"pi": ("const", "pi"), **dict.fromkeys(("infty", "infinity", "inf"), _INF), "emptyset": ("set", ()),
+              "varnothing": ("set", ()), "reals": ("seq", "(", ")", (_NINF, _INF)), **_NUMBER_WORDS}
+_COMMANDS = _FUNCTIONS | _GREEK | _CONSTANTS.keys() - _NUMBER_WORDS.keys() | {
+    "frac", "binom", "lfloor", "lceil", "begin", "angle", "triangle"}
+_ENDINGS = {"rfloor", "rceil", "end", "hline", "cup", "circ", "langle", "rangle", "pm", "mp"}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = {name: names.split()[0] for names in (
-    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "meter metre", "ft foot feet", "inch inches in",
-    "yd yard", "mile mi", "kg kilogram", "gram", "mg milligram", "lb pound", "oz ounce", "second sec", "minute min", "hour hr",
-    "day", "week", "month", "year yr", "dollar usd", "cent", "liter litre", "ml milliliter", "mph", "percent pct percentage",
-    "degree deg", "square sq", "cubic", "unit", "radian rad", "people", "way", "hz", "mol", "kj", "kw", "pa", "per", "am", "pm")
+    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "meter metre", "ft foot feet",
+    "inch inches in", "yd yard", "mile mi", "kg kilogram", "gram", "mg milligram", "lb pound", "oz ounce", "second sec",
+    "minute min", "hour hr", "day", "week", "month", "year yr", "dollar usd", "cent", "liter litre", "ml milliliter", "mph",
+    "square sq", "cubic", "unit", "radian rad", "people", "way", "hz", "mol", "kj", "kw", "pa", "per", "am", "pm")
     for word in names.split() for name in (word, word + "s")}
 # words that say something about the number before them, and so are no unit
-_HEDGES = set("is isnt not no if for some maybe perhaps possibly probably about approximately approx almost around roughly nearly at "
-              "least most more less than when where unless wrong incorrect false but except over under to from between any other "
-              "else something guess think likely unsure solution root modulo mod ish".split()) | set(_NUMBER_WORDS)
-_CLOSE = {"(": ")", "[": "]", r"\{": r"\}", r"\lbrace": r"\rbrace", r"\langle": r"\rangle"}
-_MATRICES = ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix")
+_HEDGES = set("is isnt not no if for some maybe perhaps possibly probably about approximately approx almost around roughly "
+              "nearly at least most more less than when where unless wrong incorrect false but except over under to from "
+              "between any other else something guess think likely unsure solution root modulo mod ish".split()) | set(_NUMBER_WORDS)
+_CLOSE = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
 
 
 def _repeating(text: str) -> Fraction:
@@ -264,14 +273,39 @@ def _repeating(text: str) -> Fraction:
     return int(whole or 0) + Fraction(int(fixed + block) - int(fixed or 0), nines)
 
 
+def _tokens(text: str) -> list:
+    """(kind, text, whether a space stands before it); \\pi and pi are one, and so are other names for one thing."""
+    tokens = []
+    for found in _TOKEN.finditer(text):
+        kind, token = found.lastgroup, found[found.lastgroup].strip()
+        token = _ALIASES.get(token.casefold() if kind == "text" else token, '"' + token if kind == "text" else token)
+        if token[1:] in _COMMANDS and token[0] == "\\":
+            token = token[1:]
+        elif token[:1] == "\\" and token[1:].isalpha() and token[1:] not in _ENDINGS:
+            raise _Unreadable("an unknown command")
+        if token:
+            kind = "op" if kind in ("word", "text") and not (token[0].isalnum() or token[0] == '"') else kind
+            tokens.append((kind, token, found[0][0] == " "))
+    if len(tokens) > TOKENS:
+        raise _Unreadable("too long")
+    return tokens + [("end", "", False)] * 4
+
+
+def _nested(parse):
+    """The method, which may only be inside itself so often."""
+    def bounded(self):
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise _Unreadable("nested too deeply")
+        node = parse(self)
+        self.depth -= 1
+        return node
+    return bounded
+
+
 class _Parser:
     def __init__(self, text: str):
-        # (kind, text, whether a space stands before it)
-        self.tokens = [(m.lastgroup, m[m.lastgroup], m.start(m.lastgroup) > m.start()) for m in _TOKEN.finditer(text)]
-        self.i, self.depth, self.bars, self.units = 0, 0, 0, []
-        if len(self.tokens) > TOKENS:
-            raise _Unreadable("too long")
-        self.tokens += [("end", "", False)] * 4
+        self.tokens, self.i, self.depth, self.bars, self.units = _tokens(text), 0, 0, 0, []
 
     def peek(self, ahead: int = 0) -> str:
         return self.tokens[self.i + ahead][1]
@@ -286,7 +320,7 @@ class _Parser:
         return self.peek(-1)
 
     def accept(self, *texts: str) -> bool:
-        found = self.peek() in texts and self.kind() != "end"
+        found = self.peek() in texts
         self.i += found
         return found
 
@@ -294,19 +328,7 @@ class _Parser:
         if not all(map(self.accept, texts)):
             raise _Unreadable(f"expected {texts[0]}")
 
-    def word(self) -> str:
-        """The word at this place, from bare letters or \\text{}, in lower case."""
-        if self.kind() == "text":
-            return _WRAPPER.fullmatch(self.peek())[1].strip().casefold()
-        return self.peek().casefold() if self.kind() == "word" else ""
-
-    def deeper(self, parse, *args):
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise _Unreadable("nested too deeply")
-        node = parse(*args)
-        self.depth -= 1
-        return node
+    # from the loosest to the tightest: lists, relations, sums, products, powers, the things themselves
 
     def answer(self):
         node = self.list()
@@ -314,52 +336,39 @@ class _Parser:
             raise _Unreadable("something is left over")
         return node
 
-    # from the loosest to the tightest: lists, relations, sums, products, powers, the things themselves
-
     def list(self):
-        return self.deeper(self._list)
-
-    def _list(self):
         groups = [[self.relation()]]
-        while self.separator():
-            semicolon = self.peek(-1) == ";"
-            while self.separator():
-                pass
-            if semicolon:
+        while self.accept(",", ";"):
+            if self.peek(-1) == ";":
                 groups.append([])
+            while self.accept(",", ";"):
+                pass
             groups[-1].append(self.relation())
         if len(groups) > 1 and max(map(len, groups)) > 1:  # p=5, q=2; p=7, q=2
             return ("list", tuple(("list", tuple(group)) for group in groups))
         items = tuple(item for group in groups for item in group)
         return items[0] if len(items) == 1 else ("list", items)
 
-    def separator(self) -> bool:
-        found = self.peek() in (",", ";", r"\vee", r"\lor") or self.word() in ("and", "or")
-        self.i += found
-        return found
-
     def relation(self):
         sides, relations = [self.sum()], []
-        while self.peek() in _RELATIONS:
-            relations.append(_RELATIONS[self.next()])
+        while self.accept("=", "<", ">", "<=", ">=", "!=", "∈"):
+            relations.append(self.peek(-1))
             sides.append(self.sum())
         if set(relations) == {"="}:
             return _chain(sides)
-        return sides[-1] if relations in ([], ["in"]) else _interval(sides, relations)
+        return sides[-1] if relations in ([], ["∈"]) else _interval(sides, relations)
 
     def sum(self):
         node = None
         while True:
-            text = self.peek()
-            if text in ("+", "-", r"\pm", r"\mp"):
-                self.i += 1
+            if self.accept("+", "-", r"\pm", r"\mp"):
+                sign = {"+": Fraction(1), "-": Fraction(-1), r"\pm": ("pm", 1), r"\mp": ("pm", -1)}[self.peek(-1)]
                 term = self.product()
-                if text != "+":
-                    term = _op("*", {"-": Fraction(-1), r"\pm": ("pm", 1), r"\mp": ("pm", -1)}[text], term)
+                term = term if sign == 1 else _op("*", sign, term)
                 node = term if node is None else _op("+", node, term)
             elif node is None:
                 node = self.product()
-            elif self.accept(r"\cup") or self.word() == "u" and _kind(node) == "seq" and self.next():
+            elif self.accept(r"\cup"):
                 node = _union(node, self.product())
             else:
                 return node
@@ -367,88 +376,75 @@ class _Parser:
     def product(self):
         node = self.factor()
         while True:
-            if self.accept("*", r"\cdot", r"\times", r"\ast"):
-                node = _op("*", node, self.signed_factor())
-            elif self.accept("/", r"\div"):
-                node = _op("/", node, self.signed_factor())
+            if self.accept("*", "/"):
+                name, sign = self.peek(-1), Fraction(-1 if self.accept("-") else 1)
+                node = _op(name, node, _op("*", sign, self.factor()) if sign == -1 else self.factor())
             elif (scale := self.unit()) is not None:
                 node = node if scale == 1 else _op("*", node, Fraction(scale))
-            elif self.peek() == ":":
+            elif self.peek() == ":":  # a ratio, or a time
                 parts = [node]
                 while self.accept(":"):
                     parts.append(self.factor())
                 last = parts[-1] if parts[-1] != 0 else Fraction(1)
-                node = ("seq", ":", ":", tuple(_op("/", part, last) for part in parts) + (Fraction(parts[-1] == 0),))
+                node = ("seq", ":", ":", (*(_op("/", part, last) for part in parts), Fraction(parts[-1] == 0)))
             elif self.starts_factor():
                 node = _op("*", node, self.factor())
             else:
                 return node
 
-    def signed_factor(self):
-        if self.accept("-"):
-            return _negative(self.deeper(self.signed_factor))
-        return self.factor()
-
     def unit(self) -> int | None:
         """Take a unit that follows a value; what a word such as million multiplies it by; None if there is none."""
-        word, kind = self.word(), self.kind()
-        if self.accept(r"\dollar"):
+        if self.accept("$"):
             self.units.append("dollar")
             return 1
-        if not word or word in ("and", "or") or kind == "word" and (
-                word in _FUNCTIONS or word in ("infinity", "infty") or len(word) <= 3 and word not in _UNITS):
+        kind, word = self.kind(), self.peek().casefold()
+        if kind not in ("word", "text") or kind == "word" and (word in _COMMANDS or len(word) <= 3 and word not in _UNITS):
             return None
         names = re.findall(r"[a-z]+", word)
-        if not names or len(names) > 6 or re.search(r"[\d(?,]", word) or _HEDGES.intersection(names):
+        if not 0 < len(names) <= 6 or re.search(r"[\d(?,]", word) or _HEDGES.intersection(names):
             raise _Unreadable("a remark instead of a unit")
         self.i += 1
-        if word in _SCALES:
-            return _SCALES[word]
+        if names[0] in _SCALES and len(names) == 1:
+            return _SCALES[names[0]]
         self.units += [_UNITS.get(name, name) for name in names]
-        if self.peek() in ("^", "/"):
-            mark = self.next()
-            self.units.append(f"{mark}{self.argument()}" if mark == "^" else mark)
-            if mark == "/" and self.unit() is None:
-                self.units.append(self.next())
+        if self.accept("^"):
+            self.units.append(f"^{self.argument()}")
+        if self.accept("/") and self.unit() is None:
+            self.units.append(self.next())
         return 1
 
     def starts_factor(self) -> bool:
-        kind, text = self.kind(), self.peek()
-        if kind == "num":
-            return self.kind(-1) not in ("num", "rep", "base") and (self.kind(-1) != "word" or self.tokens[self.i][2])
-        if kind == "cmd":
-            return text[1:] in _FUNCTIONS or text[1:] in _GREEK or text in (
-                r"\frac", r"\pi", r"\infty", r"\binom", r"\langle", r"\lfloor", r"\lceil", r"\vec", r"\boxed", r"\{", r"\lvert", r"\begin")
-        return kind == "word" and self.word() not in ("and", "or") or kind == "op" and (text in "([{" or text == "|" and not self.bars)
+        kind, text, space = self.tokens[self.i]
+        if kind == "num":  # x 5, but neither x5 nor 5 5
+            return self.kind(-1) not in ("num", "rep", "base") and (self.kind(-1) != "word" or space)
+        return kind == "word" or text in ("(", "[", "{", r"\{", r"\langle") or text == "|" and not self.bars
 
     def factor(self):
         node = self.base()
         while True:
-            if self.accept("^", "**"):
-                if self.accept(r"\circ") or self.peek(1) == r"\circ" and not self.expect("{", r"\circ", "}"):
-                    node = ("deg", node)
-                    if self.peek() in ("C", "F"):
-                        self.units.append(self.next())
-                else:
-                    node = _op("^", node, self.argument())
+            if self.accept("^"):
+                node = _op("^", node, self.argument())
             elif self.accept("!"):
                 node = _op("!", node)
-            elif self.accept("%", r"\%") or isinstance(node, Fraction) and self.word() in ("percent", "pct") and self.next():
+            elif self.accept("%"):
                 node = _op("pct", node)
-            elif self.accept(r"\degree") or isinstance(node, Fraction) and self.word() in ("degrees", "degree", "deg") and self.next():
-                node = ("deg", node)
+            elif self.accept("°"):
+                node = _op("deg", node)
+                if self.peek() in ("C", "F"):
+                    self.units.append(self.next())
             elif self.peek() == "'" and isinstance(node, tuple) and node[0] == "var":
                 node = ("var", node[1] + self.next())
             else:
                 return node
 
+    @_nested
     def argument(self):
         """An exponent or the like: a group, or one factor, with its sign; 2^3^2 is 2^(3^2)."""
         if self.accept("-"):
-            return _negative(self.deeper(self.argument))
+            return _negative(self.argument())
         self.accept("+")
         node = self.base()
-        return _op("^", node, self.deeper(self.argument)) if self.accept("^", "**") else node
+        return _op("^", node, self.argument()) if self.accept("^") else node
 
     def digit_argument(self):
         """TeX takes one digit: \\frac12 is 1/2."""
@@ -458,10 +454,8 @@ class _Parser:
             return Fraction(self.next())
         return self.base()
 
+    @_nested
     def base(self):
-        return self.deeper(self._base)
-
-    def _base(self):
         kind, text = self.kind(), self.next()
         if kind == "num":
             return self.number(text)
@@ -469,52 +463,46 @@ class _Parser:
             return _repeating(text)
         if kind == "base":
             digits, _, base = text.partition("_")
-            base = int(base.strip("{}")[:4])
-            if not 2 <= base <= 36 or any(int(c, 16) >= base for c in digits):
-                raise _Unreadable("digits beyond their base")
-            return Fraction(int(digits, base))
-        if kind == "text":
-            return self.wrapped(text)
+            return Fraction(int(digits, int(base.strip("{}")[:4])))
         if kind == "word":
-            return self.letters(text)
-        if kind == "cmd":
-            return self.command(text)
-        if text in ("(", "["):
+            return self.word(text)
+        if kind == "text":
+            inner = text[1:]
+            if inner.casefold() in _CONSTANTS or inner.casefold() in _FUNCTIONS or len(inner) == 1 and inner.isalpha():
+                return self.word(inner)
+            return ("text", inner.casefold())
+        if text in _CLOSE:
             return self.bracket(text)
         if text == "{":
             node = self.list()
             self.expect("}")
             return node
         if text == "|":
-            return self.absolute("|")
+            self.bars += 1
+            node = self.list()
+            self.expect("|")
+            self.bars -= 1
+            return _op("abs", node)
+        if text == "$":
+            self.units.append("dollar")
+            return self.base()
         raise _Unreadable(f"unexpected {text[:20]!r}")
 
-    def number(self, text: str) -> Fraction:
+    def number(self, text: str):
         mantissa, _, exponent = text.lower().partition("e")
         if len(text) > BITS // 4 or len(exponent) > 5:
             raise _Unreadable("a number too long")
         number = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        if not text.isdigit():
-            return number
-        start, tokens, part = self.i, list(self.tokens), ()
-        if self.accept(r"\frac"):  # a mixed number
-            part = self.digit_argument(), self.digit_argument()
-        elif self.tokens[self.i][2] and (self.kind(), self.peek(1), self.kind(2)) == ("num", "/", "num"):
-            part = Fraction(self.next()), Fraction(self.next() and self.next())
-        if part and _exact(*part) and part[0].denominator == part[1].denominator == 1 and 0 < part[0] < part[1]:
-            return number + part[0] / part[1]
-        self.i, self.tokens = start, tokens
+        if text.isdigit() and self.peek(-2) not in ("^", "_"):  # perhaps a mixed number
+            if self.peek() == "frac":
+                part = self.base()
+                return number + part if _exact(part) and 0 < part < 1 else _op("*", number, part)
+            if self.tokens[self.i][2] and (self.kind(), self.peek(1), self.kind(2)) == ("num", "/", "num"):
+                part = Fraction(self.next()) / Fraction(self.next() and self.next())
+                if 0 < part < 1:
+                    return number + part
+                raise _Unreadable("two numbers")
         return number
-
-    def wrapped(self, text: str):
-        inner = _WRAPPER.fullmatch(text)[1].strip()
-        if text.startswith(r"\mathbb"):
-            return ("seq", "(", ")", (_NINF, _INF)) if inner == "R" else ("text", inner)
-        if len(inner) == 1 and inner.isalpha():
-            return self.letters(inner)
-        if inner in _FUNCTIONS:
-            return self.function(inner)
-        return _NUMBER_WORDS.get(inner.casefold(), ("text", inner.casefold())) if inner else self.base()
 
     def variable(self, name: str):
         if self.accept("_"):
@@ -524,61 +512,36 @@ class _Parser:
                     name += self.next()
         return ("var", name.replace("{", ""))
 
-    def letters(self, word: str):
-        """A function, a constant, one variable, or a product of letters; a long word is none of them."""
+    def word(self, word: str):
+        """A constant, a function, a variable, or a product of letters; a long word is none of them."""
         low = word.lower()
+        if low in _CONSTANTS:
+            return _CONSTANTS[low]
         if low in _FUNCTIONS:
             return self.function(low)
-        if low in ("infty", "infinity", "inf"):
-            return _INF
-        if low in _NUMBER_WORDS:
-            return _NUMBER_WORDS[low]
         if word in _GREEK:
             return self.variable(word)
+        if word in ("frac", "binom"):
+            return _op("/" if word == "frac" else "binom", self.digit_argument(), self.digit_argument())
+        if word in ("lfloor", "lceil"):
+            node = self.list()
+            self.expect("\\r" + word[1:])
+            return _op(word[1:], node)
+        if word == "begin":
+            return self.matrix()
+        if word in ("angle", "triangle") and self.kind() == "word":
+            return ("text", word + self.next())
         tail = next((t for t in ("pi", "sqrt") if word.endswith(t) and len(word) <= len(t) + 2), "")
         letters = [("const", c) if c in "ei" else ("var", c) for c in word[:len(word) - len(tail)]]
         if len(letters) > 3:
             raise _Unreadable("a word")
         if tail:
-            letters.append(("const", "pi") if tail == "pi" else self.function(tail))
+            letters.append(self.word(tail))
         elif letters[-1][0] == "var":
             letters[-1] = self.variable(word[-1])
-        if self.peek() in ("^", "**") and len(letters) > 1 and self.next():  # in ab^2 only b is squared
+        if len(letters) > 1 and self.accept("^"):  # in ab^2 only b is squared
             letters[-1] = _op("^", letters[-1], self.argument())
         return functools.reduce(functools.partial(_op, "*"), letters)
-
-    def command(self, text: str):
-        name = text[1:]
-        if name in ("frac", "binom", "dbinom", "tbinom"):
-            return _op("/" if name == "frac" else "binom", self.digit_argument(), self.digit_argument())
-        if name in _FUNCTIONS:
-            return self.function(name)
-        if name == "pi":
-            return ("const", "pi")
-        if name == "infty":
-            return _INF
-        if name in _GREEK:
-            return self.variable(name)
-        if name in ("emptyset", "varnothing"):
-            return ("set", ())
-        if text in _CLOSE:
-            return self.bracket(text)
-        if name in ("lvert", "vert", "|"):
-            return self.absolute(r"\rvert" if name == "lvert" else text)
-        if name in ("lfloor", "lceil"):
-            node = self.list()
-            self.expect("\\r" + name[1:])
-            return _op(name[1:], node)
-        if name in ("boxed", "fbox", "vec", "mathbf", "mathrm", "mathit", "boldsymbol", "hat", "text", "textbf", "bold"):
-            return self.base()
-        if name == "dollar":
-            self.units.append("dollar")
-            return self.base()
-        if name == "begin":
-            return self.matrix()
-        if name in ("angle", "triangle") and self.kind() == "word":
-            return ("text", name + self.next())
-        raise _Unreadable(f"unknown command {text[:20]}")
 
     def function(self, name: str):
         if name in ("sqrt", "cbrt"):
@@ -586,14 +549,14 @@ class _Parser:
             if self.accept("["):
                 n = self.list()
                 self.expect("]")
-            return _op("root", n, self.number(self.next()) if self.kind() == "num" else self.base())
+            return _op("root", n, self.base())
         base = self.digit_argument() if self.accept("_") else None
         power = self.argument() if self.accept("^") else None
         if self.peek() in ("(", "{", "["):
             argument = self.base()
         else:  # sin 2x, but not the cos of sin x cos x
-            argument = self.signed_factor()
-            while self.starts_factor() and self.peek().lstrip("\\") not in _FUNCTIONS:
+            argument = _negative(self.factor()) if self.accept("-") else self.factor()
+            while self.starts_factor() and self.peek() not in _FUNCTIONS:
                 argument = _op("*", argument, self.factor())
         if name in ("gcd", "lcm", "max", "min"):
             return _op(name, *(argument[3] if _kind(argument) == "seq" else (argument,)))
@@ -607,31 +570,24 @@ class _Parser:
             node = _op(_ARC.get(name, name), argument)
         return node if power is None else _op("^", node, power)
 
-    def absolute(self, closing: str):
-        self.bars += 1
-        node = self.list()
-        self.expect(closing)
-        self.bars -= 1
-        return _op("abs", node)
-
     def bracket(self, opening: str):
-        bars, self.bars = self.bars, 0
-        braces = opening in (r"\{", r"\lbrace")
-        if braces and self.accept(_CLOSE[opening]):
-            self.bars = bars
+        if opening == r"\{" and self.accept(r"\}"):
             return ("set", ())
+        bars, self.bars = self.bars, 0
         node = self.list()
         closing, self.bars = self.next(), bars
         items = node[1] if _kind(node) == "list" else (node,)
-        if closing != _CLOSE[opening] and (closing not in (")", "]") or opening not in ("(", "[") or len(items) == 1):
+        if closing != _CLOSE[opening] and (opening + closing not in ("(]", "[)") or len(items) == 1):
             raise _Unreadable("brackets of two kinds")
-        if braces:
+        if opening == r"\{":
             return ("set", tuple(dict.fromkeys(items)))
-        if len(items) == 1 and opening != r"\langle":
+        if opening == r"\langle":
+            return ("seq", "(", ")", items)
+        if len(items) == 1:
             return node
         if opening == "[" and all(_kind(row) == "seq" and row[1] == "[" for row in items):
             return ("matrix", tuple(row[3] for row in items))
-        return ("seq", "(", ")", items) if opening == r"\langle" else _bracketed(opening, closing, items)
+        return _bracketed(opening, closing, items)
 
     def matrix(self):
         self.expect("{")
@@ -641,7 +597,7 @@ class _Parser:
             while not self.accept("}"):
                 self.next()
         rows = [[]]
-        while name in _MATRICES and not self.accept(r"\end"):
+        while name in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix") and not self.accept(r"\end"):
             if self.accept(r"\\"):
                 rows.append([])
             elif not self.accept("&", r"\hline"):
@@ -905,7 +861,7 @@ def _equal(a, b) -> bool:
 
 
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d)")
-_BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?\\mathbb ?\{R\})? ?(?:\\mid|\||:)(.*)\\\}")
+_BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|\.|:)(?: +([^()]*))?|([A-Ja-e])")
 _LETTERS = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+)*")
 _METRIC = re.compile(r"(?<=[\d}) ])(?:[mgsLhNJWVK]|cm|mm|km)(?:/ ?[a-z]{1,3})?(?:\^ ?\{?[23]\}?)?$")
