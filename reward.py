@@ -75,10 +75,11 @@ def extract_answer(response: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------ normal text
 
-_SUPER, _SUB = ({ord(a): b for a, b in zip(*pair)} for pair in (("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n"), ("₀₁₂₃₄₅₆₇₈₉", "0123456789")))
-_SIGNS = {"−": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ", "≤": r"\le ",
-          "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
-          "√": r"\sqrt ", "∛": r"\cbrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "′": "'", "⟨": r"\langle ", "⟩": r"\rangle ", "…": "..."}
+_SUPER = {ord(c): n for c, n in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")}
+_SUB = {ord(c): n for c, n in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789")}
+_SIGNS = {**dict(zip("−×·⋅∙∗÷∕⁄′⟨⟩", "-*****///'()")), "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
+          "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "√": r"\sqrt ", "∛": r"\cbrt ",
+          "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "…": "..."}
 
 
 def _ascii(text: str) -> str:
@@ -107,7 +108,8 @@ def _ascii(text: str) -> str:
 
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}")
-_WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|mbox|operatorname|underline)\*?\s*\{([^{}]*)\}")
+_WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|mbox|operatorname|underline)\*?\s*\{([^{}]*)\}")
 _TEXT_NUMBER = re.compile(r"\\(?:text(?:bf|it)?|math(?:rm|bf|it)|underline|mbox)\s*\{\s*(-?[\d.,]*\d[\d.,/]*)\s*([a-zA-Z .]*)\}")
 _CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\!\s*|\\(?:left|right)\s*\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|displaystyle|textstyle)(?![a-zA-Z])", ""),
@@ -115,14 +117,17 @@ _CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, ]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
     (r"(?<!\\)\\(?:[;:>, ()\[\]]|q?quad)|~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathbb ?\{? ?R ?\}?", r"\\reals "),
-    (r"\\mathbb ?\{? ?([A-Z]) ?\}?", r"\\text{the set \1}"), (r"(?<=[])}]) ?[uU] ?(?=[[({\\])", r"\\cup "),
+    (r"\\mathbb ?\{? ?([A-Z]) ?\}?", r"\\text{the set \1}"), (r"(?<=[\])}]) ?[uU] ?(?=[\[({\\])", r"\\cup "),
     (r"\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})", r"\\degree "),
-    (r"\\(begin|end) ?([a-zA-Z]?matrix)", r"\\\1{\2}"),
-    (r"\\(?:text|mathrm) ?\{([eij])\}", r"\1"), (r"\\text ?\{([^{}]*\b(?:and|or)\b[^{}]*)\}", r" \1 "),
+    (r"\\begin ?(?:\{array\} ?\{[^{}]*\}|\{?(?:[pbB]|small)?matrix\}?)", r"\\begin "), (r"\\hline(?![a-zA-Z])", ""),
+    (r"\\end ?(?:\{array\}|\{?(?:[pbB]|small)?matrix\}?)", r"\\end "),
+    (r"(?<![a-zA-Z\\])([a-zA-Z])(?=(?:pi|sqrt)(?![a-zA-Z]))", r"\1 "),
+    (r"\\(?:text|mathrm) ?\{([eij])\}", r"\1"), (r"\\text ?\{([^{}]*\b(?:and|or)\b[^{}]*|[^{}a-zA-Z]*)\}", r" \1 "),
     (r'^[ "`]+|[ "`]+$', ""), (r"(?<![.,;:])[.,;:]$", ""),
     (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\reals"), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"), (r" +", " "))]
 
 
+@functools.lru_cache(maxsize=1024)
 def _clean(text: str) -> str:
     """The answer without what carries no meaning: dollar signs, spacing, \\left, closing punctuation."""
     text = re.sub(r"\s+", " ", _ascii(text)).strip()
@@ -138,14 +143,14 @@ def _clean(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ trees
 # A number is a Fraction. Everything else is a tuple: ("var", name), ("const", "pi"), ("inf", 1), ("pm", sign), an operation
 # ("+", a, b), ("root", n, a), ("sin", a) ..., and the structures ("seq", open, close, items), ("list", items), ("set", items),
-# ("union", items), ("matrix", rows), ("=", left, right), ("<", strict, difference), ("text", words).
+# ("matrix", rows), ("=", left, right), ("<", strict, difference), ("text", words).
 
 
 class _Unreadable(ValueError):
     pass
 
 
-_STRUCTURES = {"seq", "list", "set", "union", "matrix", "=", "<", "text"}
+_STRUCTURES = {"seq", "list", "set", "matrix", "=", "<", "text"}
 _INF, _NINF = ("inf", 1), ("inf", -1)
 
 
@@ -230,7 +235,8 @@ _ALIASES = {alias: token for token, aliases in {
     "*": r"\cdot \times \ast", "/": r"\div", "^": "**", "=": r"== \equiv", "<": r"\lt", ">": r"\gt", "<=": r"\le \leq \leqslant",
     ">=": r"\ge \geq \geqslant", "!=": r"\ne \neq", "∈": r"\in", ",": r"and or \vee \lor", "|": r"\lvert \rvert \vert \|",
     "%": r"\% percent pct percentage", "°": r"\degree degree degrees deg", r"\{": r"\lbrace", r"\}": r"\rbrace", "$": r"\dollar",
-    r"\binom": r"\dbinom \tbinom", "": r"\vec \mathbf \mathrm \mathit \boldsymbol \hat \text \textbf \bold \boxed \fbox"}.items()
+    r"\binom": r"\dbinom \tbinom", "(": r"\langle", ")": r"\rangle",
+    "": r"\vec \mathbf \mathrm \mathit \boldsymbol \hat \text \textbf \bold \boxed \fbox \angle \triangle"}.items()
     for alias in aliases.split()}
 _ARC = {prefix + name: "a" + name for name in ("sin", "cos", "tan", "cot", "sec", "csc") for prefix in ("arc", "a")}
 _FUNCTIONS = {*_ARC, "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "ln", "lg", "log", "sqrt",
@@ -243,8 +249,8 @@ _NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
 _CONSTANTS = {"pi": ("const", "pi"), **dict.fromkeys(("infty", "infinity", "inf"), _INF), "emptyset": ("set", ()),
               "varnothing": ("set", ()), "reals": ("seq", "(", ")", (_NINF, _INF)), **_NUMBER_WORDS}
 _COMMANDS = _FUNCTIONS | _GREEK | _CONSTANTS.keys() - _NUMBER_WORDS.keys() | {
-    "frac", "binom", "lfloor", "lceil", "begin", "angle", "triangle"}
-_ENDINGS = {"rfloor", "rceil", "end", "hline", "cup", "circ", "langle", "rangle", "pm", "mp"}
+    "frac", "binom", "lfloor", "lceil", "begin"}
+_MARKS = {"rfloor", "rceil", "end", "cup", "pm", "mp"}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "meter metre", "ft foot feet",
@@ -255,8 +261,8 @@ _UNITS = {name: names.split()[0] for names in (
 # words that say something about the number before them, and so are no unit
 _HEDGES = set("is isnt not no if for some maybe perhaps possibly probably about approximately approx almost around roughly "
               "nearly at least most more less than when where unless wrong incorrect false but except over under to from "
-              "between any other else something guess think likely unsure solution root modulo mod ish".split()) | set(_NUMBER_WORDS)
-_CLOSE = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
+              "between any other else something guess think likely unsure solution root modulo mod ish".split()) | {*_NUMBER_WORDS}
+_CLOSE = {"(": ")", "[": "]", r"\{": r"\}"}
 
 
 def _repeating(text: str) -> Fraction:
@@ -281,7 +287,7 @@ def _tokens(text: str) -> list:
         token = _ALIASES.get(token.casefold() if kind == "text" else token, '"' + token if kind == "text" else token)
         if token[1:] in _COMMANDS and token[0] == "\\":
             token = token[1:]
-        elif token[:1] == "\\" and token[1:].isalpha() and token[1:] not in _ENDINGS:
+        elif token[:1] == "\\" and token[1:].isalpha() and token[1:] not in _MARKS:
             raise _Unreadable("an unknown command")
         if token:
             kind = "op" if kind in ("word", "text") and not (token[0].isalnum() or token[0] == '"') else kind
@@ -369,7 +375,8 @@ class _Parser:
             elif node is None:
                 node = self.product()
             elif self.accept(r"\cup"):
-                node = _union(node, self.product())
+                parts = [part[1] if _kind(part) in ("set", "list") else (part,) for part in (node, self.product())]
+                node = ("set", tuple(dict.fromkeys(parts[0] + parts[1])))
             else:
                 return node
 
@@ -417,7 +424,7 @@ class _Parser:
         kind, text, space = self.tokens[self.i]
         if kind == "num":  # x 5, but neither x5 nor 5 5
             return self.kind(-1) not in ("num", "rep", "base") and (self.kind(-1) != "word" or space)
-        return kind == "word" or text in ("(", "[", "{", r"\{", r"\langle") or text == "|" and not self.bars
+        return kind == "word" or text == "{" or text in _CLOSE or text == "|" and not self.bars
 
     def factor(self):
         node = self.base()
@@ -529,15 +536,10 @@ class _Parser:
             return _op(word[1:], node)
         if word == "begin":
             return self.matrix()
-        if word in ("angle", "triangle") and self.kind() == "word":
-            return ("text", word + self.next())
-        tail = next((t for t in ("pi", "sqrt") if word.endswith(t) and len(word) <= len(t) + 2), "")
-        letters = [("const", c) if c in "ei" else ("var", c) for c in word[:len(word) - len(tail)]]
-        if len(letters) > 3:
+        if len(word) > 3:
             raise _Unreadable("a word")
-        if tail:
-            letters.append(self.word(tail))
-        elif letters[-1][0] == "var":
+        letters = [("const", c) if c in "ei" else ("var", c) for c in word]
+        if letters[-1][0] == "var":
             letters[-1] = self.variable(word[-1])
         if len(letters) > 1 and self.accept("^"):  # in ab^2 only b is squared
             letters[-1] = _op("^", letters[-1], self.argument())
@@ -573,16 +575,12 @@ class _Parser:
     def bracket(self, opening: str):
         if opening == r"\{" and self.accept(r"\}"):
             return ("set", ())
-        bars, self.bars = self.bars, 0
-        node = self.list()
-        closing, self.bars = self.next(), bars
+        node, closing = self.list(), self.next()
         items = node[1] if _kind(node) == "list" else (node,)
         if closing != _CLOSE[opening] and (opening + closing not in ("(]", "[)") or len(items) == 1):
             raise _Unreadable("brackets of two kinds")
         if opening == r"\{":
             return ("set", tuple(dict.fromkeys(items)))
-        if opening == r"\langle":
-            return ("seq", "(", ")", items)
         if len(items) == 1:
             return node
         if opening == "[" and all(_kind(row) == "seq" and row[1] == "[" for row in items):
@@ -590,30 +588,16 @@ class _Parser:
         return _bracketed(opening, closing, items)
 
     def matrix(self):
-        self.expect("{")
-        name = self.next()
-        self.expect("}")
-        if name == "array":
-            while not self.accept("}"):
-                self.next()
         rows = [[]]
-        while name in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix") and not self.accept(r"\end"):
+        while not self.accept(r"\end"):
             if self.accept(r"\\"):
                 rows.append([])
-            elif not self.accept("&", r"\hline"):
+            elif not self.accept("&"):
                 rows[-1].append(self.relation())
-        self.expect("{", name, "}")
         rows = tuple(tuple(row) for row in rows if row)
         if len(set(map(len, rows))) != 1:
             raise _Unreadable("rows of different length")
         return ("matrix", rows)
-
-
-def _union(a, b):
-    if _kind(a) in ("set", "list") and _kind(b) in ("set", "list"):
-        return ("set", tuple(dict.fromkeys(a[1] + b[1])))
-    parts = [node[1] if _kind(node) == "union" else (node,) for node in (a, b)]
-    return ("union", parts[0] + parts[1])
 
 
 def _bracketed(opening: str, closing: str, items: tuple):
@@ -657,7 +641,7 @@ def _interval(sides: list, relations: list):
             relations = [r.translate({60: 62, 62: 60}) for r in relations]
             break
     if relations == ["!="] and names[0]:
-        return ("union", (("seq", "(", ")", (_NINF, sides[1])), ("seq", "(", ")", (sides[1], _INF))))
+        return ("set", (("seq", "(", ")", (_NINF, sides[1])), ("seq", "(", ")", (sides[1], _INF))))
     if all(r[0] == ">" for r in relations):
         sides, names, relations = sides[::-1], names[::-1], [r.replace(">", "<") for r in relations[::-1]]
     if not all(r[0] == "<" for r in relations):
@@ -676,7 +660,30 @@ def _interval(sides: list, relations: list):
 
 _mp = MPContext()
 _CHEAP = {"+", "*", "/", "abs", "deg", "pct", "floor", "ceil", "var", "const"}
-_FUNCTION_NODES = {"exp", "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", *_ARC.values()}
+
+
+def _sum(a, b):
+    total, size = a + b, abs(a) + abs(b)
+    return _mp.zero if abs(total) < size * _mp.mpf(2) ** (-_mp.prec // 2) else total  # a cancellation leaves noise
+
+
+def _real_root(n, a):
+    odd = not n.imag and not a.imag and a.real < 0 and int(n.real) == n.real and int(n.real) % 2
+    return a if a == 0 else -((-a) ** (1 / n)) if odd else a ** (1 / n)
+
+
+def _bounded_power(a, b):
+    if a == 0 or abs(b) > 10**6 or abs(b * _mp.log(a)) > 10**6:
+        raise _Unreadable("a power too large")
+    return a ** b
+
+
+_VALUES = {"+": _sum, "*": lambda a, b: a * b, "/": lambda a, b: a / b, "^": _bounded_power, "root": _real_root, "abs": abs,
+           "log": lambda base, a: _mp.log(a) / _mp.log(base), "!": lambda a: _mp.gamma(a + 1), "pct": lambda a: a / 100,
+           "deg": lambda a: a * _mp.pi / 180, "binom": lambda n, k: _mp.binomial(n, k)}
+_LIMITS = {**dict.fromkeys(_FUNCTIONS | set(_ARC.values()), lambda a: abs(a) <= 10**4),
+           **dict.fromkeys(("!", "binom"), lambda a: _mp.prec <= 600 and abs(a) <= 300),
+           **dict.fromkeys(("floor", "ceil"), lambda a: not a.imag and abs(a) <= 10**9)}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -716,37 +723,10 @@ def _value(node, point: int):
         return {"pi": +_mp.pi, "e": +_mp.e, "i": _mp.j}[children[0]]
     if not all(isinstance(child, (tuple, Fraction)) for child in children):
         raise _Unreadable("no number")
-    a, *b = (_value(child, point) for child in children)
-    b = b[0] if b else None
-    if name == "+":
-        total, size = a + b, abs(a) + abs(b)
-        return _mp.zero if abs(total) < size * _mp.mpf(2) ** (-_mp.prec // 2) else total  # a cancellation leaves noise
-    if name == "*":
-        return a * b
-    if name == "/":
-        return a / b
-    if name == "^":
-        if a == 0 or abs(b) > 10**6 or abs(b * _mp.log(a)) > 10**6:
-            raise _Unreadable("a power too large")
-        return a ** b
-    if name == "root":
-        if b == 0:
-            return b
-        odd = a.imag == 0 and int(a.real) == a.real and int(a.real) % 2
-        return -((-b) ** (1 / a)) if odd and b.imag == 0 and b.real < 0 else b ** (1 / a)
-    if name == "log":
-        return _mp.log(b) / _mp.log(a)
-    if name in ("!", "binom"):
-        if _mp.prec > 600 or abs(a) > 300 or b is not None and abs(b) > 300:
-            raise _Unreadable("a factorial too large")
-        return _mp.gamma(a + 1) if name == "!" else _mp.binomial(a, b)
-    if name == "abs":
-        return abs(a)
-    if name in ("deg", "pct"):
-        return a * _mp.pi / 180 if name == "deg" else a / 100
-    if name in ("floor", "ceil") and not a.imag or name in _FUNCTION_NODES and abs(a) <= 10**4:
-        return getattr(_mp, name)(a)
-    raise _Unreadable("no value")
+    args = [_value(child, point) for child in children]
+    if name in _LIMITS and not all(map(_LIMITS[name], args)):
+        raise _Unreadable("too large, or no value")
+    return _VALUES[name](*args) if name in _VALUES else getattr(_mp, name)(*args)
 
 
 def _pairs(a, b) -> list:
@@ -803,7 +783,7 @@ def _signed(node, sign: int):
 
 def _items(node) -> list:
     """The items of what is unordered; one with \\pm is two."""
-    items = node[1] if _kind(node) in ("list", "set", "union") else (node,)
+    items = node[1] if _kind(node) in ("list", "set") else (node,)
     return [_signed(item, sign) for item in items for sign in ((1, -1) if _has(item, "pm") else (1,))]
 
 
@@ -834,7 +814,7 @@ def _equal(a, b) -> bool:
             return point[1:3] == ("(", ")") and len(assigned[1]) == len(point[3]) and all(
                 _equal(_unnamed(x), y) for x, y in zip(assigned[1], point[3]))
     xs, ys = _items(a), _items(b)
-    if len(xs) != 1 or len(ys) != 1 or {"set", "list", "union"}.intersection(kinds):
+    if len(xs) != 1 or len(ys) != 1 or {"set", "list"}.intersection(kinds):
         return _match(xs, ys)
     if sorted(kinds) == ["matrix", "seq"]:  # a vector
         vector, row = (a, b) if kinds[0] == "matrix" else (b, a)
@@ -905,8 +885,7 @@ def _same(given: str, gold: str) -> bool:
     if all(choices):
         letters = [(c[1] or c[3]).upper() for c in choices]
         return letters[0] == letters[1] and not (choices[0][2] and choices[1][2])
-    if choices[1] and choices[1][2]:  # (B) 12 for the gold, and 12
-        gold = choices[1][2]
+    given, gold = (c[2] if c and c[2] else text for c, text in zip(choices, (given, gold)))  # (B) 12 is 12
     if all(_LETTERS.fullmatch(text) and len(text) > 1 and not re.search(r"\b(?:and|or)\b", text) for text in words) and not (
             _NUMBER_WORDS.keys() & {text.lower() for text in words}):
         return False  # two different words
