@@ -75,36 +75,26 @@ def extract_answer(response: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------ normal text
 
-_SUPER = {ord(c): n for c, n in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")}
-_SUB = {ord(c): n for c, n in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789")}
-_SIGNS = {**dict(zip("−×·⋅∙∗÷∕⁄′⟨⟩", "-*****///'()")), "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
-          "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "√": r"\sqrt ", "∛": r"\cbrt ",
-          "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "…": "..."}
+_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega "
+          "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
+_SIGNS = {**{letter: f"\\{name} " for letter, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK)},
+          **dict(zip("−–—‒‐‑×·⋅∙∗÷∕⁄′⟨⟩€£¥", "------*****///'()   ")), "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+          "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "√": r"\sqrt ",
+          "∛": r"\cbrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"}
+_RAISED = [(re.compile(f"[{signs}]+"), mark, str.maketrans(signs, plain)) for signs, mark, plain in (
+    ("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "^", "0123456789+-()n"), ("₀₁₂₃₄₅₆₇₈₉", "_", "0123456789"))]
 
 
 def _ascii(text: str) -> str:
     """Unicode digits, signs, letters and fractions as ASCII or LaTeX; invisible characters dropped."""
     if text.isascii():
         return text
-    for table, mark in ((_SUPER, "^"), (_SUB, "_")):
-        text = re.sub(f"[{''.join(map(chr, table))}]+", lambda m: f"{mark}{{{m[0].translate(table)}}}", text)
-    out = []
-    for c in text:
-        category, name = unicodedata.category(c), unicodedata.name(c, "").split()
-        if c.isascii() or c in _SIGNS:
-            out.append(_SIGNS.get(c, c))
-        elif category in ("Pd", "Zs", "Sc", "Cf", "Mn"):  # dashes, spaces, currencies; invisible, combining
-            out.append({"P": "-", "Z": " ", "S": " "}.get(category[0], ""))
-        elif (digit := unicodedata.decimal(c, None)) is not None:
-            out.append(str(digit))
-        elif category == "No" and 0 < unicodedata.numeric(c) < 1:
-            value = Fraction(unicodedata.numeric(c)).limit_denominator(10)
-            out.append(rf"\frac{{{value.numerator}}}{{{value.denominator}}}")
-        elif name[:1] == ["GREEK"] and name[2:3] == ["LETTER"] and len(name) == 4:
-            out.append(f"\\{name[3].lower() if name[1] == 'SMALL' else name[3].title()} ")
-        else:
-            out.append(unicodedata.normalize("NFKC", c))
-    return "".join(out)
+    for run, mark, plain in _RAISED:
+        text = run.sub(lambda m: f"{mark}{{{m[0].translate(plain)}}}", text)
+    text = re.sub("(?<=\\d)(?=[¼½¾⅐-⅞])", " ", text.translate(str.maketrans(_SIGNS)))
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans(_SIGNS))
+    text = re.sub(r"\d", lambda m: str(int(m[0])), text)
+    return "".join(c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Mn"))
 
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}")
@@ -241,14 +231,13 @@ _ALIASES = {alias: token for token, aliases in {
 _ARC = {prefix + name: "a" + name for name in ("sin", "cos", "tan", "cot", "sec", "csc") for prefix in ("arc", "a")}
 _FUNCTIONS = {*_ARC, "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "ln", "lg", "log", "sqrt",
               "cbrt", "abs", "floor", "ceil", "gcd", "lcm", "max", "min"}
-_GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
-             "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())
 _NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen twenty".split())}
 _CONSTANTS = {"pi": ("const", "pi"), **dict.fromkeys(("infty", "infinity", "inf"), _INF), "emptyset": ("set", ()),
               "varnothing": ("set", ()), "reals": ("seq", "(", ")", (_NINF, _INF)), **_NUMBER_WORDS}
-_COMMANDS = _FUNCTIONS | _GREEK | _CONSTANTS.keys() - _NUMBER_WORDS.keys() | {
+_LETTER_NAMES = {*_GREEK, "varepsilon", "vartheta", "varphi", "ell", "hbar"} - {"pi"}
+_COMMANDS = _FUNCTIONS | _LETTER_NAMES | _CONSTANTS.keys() - _NUMBER_WORDS.keys() | {
     "frac", "binom", "lfloor", "lceil", "begin"}
 _MARKS = {"rfloor", "rceil", "end", "cup", "pm", "mp"}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -295,18 +284,6 @@ def _tokens(text: str) -> list:
     if len(tokens) > TOKENS:
         raise _Unreadable("too long")
     return tokens + [("end", "", False)] * 4
-
-
-def _nested(parse):
-    """The method, which may only be inside itself so often."""
-    def bounded(self):
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise _Unreadable("nested too deeply")
-        node = parse(self)
-        self.depth -= 1
-        return node
-    return bounded
 
 
 class _Parser:
@@ -444,7 +421,6 @@ class _Parser:
             else:
                 return node
 
-    @_nested
     def argument(self):
         """An exponent or the like: a group, or one factor, with its sign; 2^3^2 is 2^(3^2)."""
         if self.accept("-"):
@@ -461,8 +437,15 @@ class _Parser:
             return Fraction(self.next())
         return self.base()
 
-    @_nested
     def base(self):
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise _Unreadable("nested too deeply")
+        node = self.atom()
+        self.depth -= 1
+        return node
+
+    def atom(self):
         kind, text = self.kind(), self.next()
         if kind == "num":
             return self.number(text)
@@ -470,7 +453,7 @@ class _Parser:
             return _repeating(text)
         if kind == "base":
             digits, _, base = text.partition("_")
-            return Fraction(int(digits, int(base.strip("{}")[:4])))
+            return Fraction(int(digits, int(base.strip("{}")[:4]) or 1))
         if kind == "word":
             return self.word(text)
         if kind == "text":
@@ -497,7 +480,7 @@ class _Parser:
 
     def number(self, text: str):
         mantissa, _, exponent = text.lower().partition("e")
-        if len(text) > BITS // 4 or len(exponent) > 5:
+        if abs(int(exponent or 0)) > BITS // 4:
             raise _Unreadable("a number too long")
         number = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
         if text.isdigit() and self.peek(-2) not in ("^", "_"):  # perhaps a mixed number
@@ -526,7 +509,7 @@ class _Parser:
             return _CONSTANTS[low]
         if low in _FUNCTIONS:
             return self.function(low)
-        if word in _GREEK:
+        if word in _LETTER_NAMES:
             return self.variable(word)
         if word in ("frac", "binom"):
             return _op("/" if word == "frac" else "binom", self.digit_argument(), self.digit_argument())
@@ -854,7 +837,7 @@ def _plain(text: str) -> str:
     return text.casefold() if re.search(r"[^\W\d_]{2}", text) and not re.search(r"[-+*/^=_\\]", text) else text
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _parse(text: str):
     """(tree, units), or None if it cannot be read."""
     try:
