@@ -106,13 +106,14 @@ _CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\\$", r"\\dollar "), (r"\$", " "),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, ]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
     (r"(?<!\\)\\(?:[;:>, ()\[\]]|q?quad)|~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathbb ?\{? ?R ?\}?", r"\\reals "),
+    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\\mathbb ?\{? ?R ?\}?", r"\\reals "),
     (r"\\mathbb ?\{? ?([A-Z]) ?\}?", r"\\text{the set \1}"), (r"(?<=[\])}]) ?[uU] ?(?=[\[({\\])", r"\\cup "),
     (r"\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})", r"\\degree "),
     (r"\\begin ?(?:\{array\} ?\{[^{}]*\}|\{?(?:[pbB]|small)?matrix\}?)", r"\\begin "), (r"\\hline(?![a-zA-Z])", ""),
     (r"\\end ?(?:\{array\}|\{?(?:[pbB]|small)?matrix\}?)", r"\\end "),
     (r"(?<![a-zA-Z\\])([a-zA-Z])(?=(?:pi|sqrt)(?![a-zA-Z]))", r"\1 "),
-    (r"\\(?:text|mathrm) ?\{([eij])\}", r"\1"), (r"\\text ?\{([^{}]*\b(?:and|or)\b[^{}]*|[^{}a-zA-Z]*)\}", r" \1 "),
+    (r"\\(?:text|mathrm) ?\{([eij])\}", r"\1"), (r"\\text ?\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*)\}", r" \1 "),
     (r'^[ "`]+|[ "`]+$', ""), (r"(?<![.,;:])[.,;:]$", ""),
     (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\reals"), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"), (r" +", " "))]
 
@@ -245,7 +246,7 @@ _UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "meter metre", "ft foot feet",
     "inch inches in", "yd yard", "mile mi", "kg kilogram", "gram", "mg milligram", "lb pound", "oz ounce", "second sec",
     "minute min", "hour hr", "day", "week", "month", "year yr", "dollar usd", "cent", "liter litre", "ml milliliter", "mph",
-    "square sq", "cubic", "unit", "radian rad", "people", "way", "hz", "mol", "kj", "kw", "pa", "per", "am", "pm")
+    "^2 square sq", "^3 cubic", "unit", "radian rad", "people", "way", "hz", "mol", "kj", "kw", "pa", "per", "am", "pm")
     for word in names.split() for name in (word, word + "s")}
 # words that say something about the number before them, and so are no unit
 _HEDGES = set("is isnt not no if for some maybe perhaps possibly probably about approximately approx almost around roughly "
@@ -519,7 +520,7 @@ class _Parser:
             return _op(word[1:], node)
         if word == "begin":
             return self.matrix()
-        if len(word) > 3:
+        if len(word) > 3 or word in _HEDGES:
             raise _Unreadable("a word")
         letters = [("const", c) if c in "ei" else ("var", c) for c in word]
         if letters[-1][0] == "var":
@@ -794,7 +795,7 @@ def _equal(a, b) -> bool:
         return (x, y) != (a, b) and _equal(x, y)
     for assigned, point in ((a, b), (b, a)):  # x = 1, y = 2 is the point (1, 2)
         if _kind(assigned) == "list" and _kind(point) == "seq" and all(_kind(item) == "=" for item in assigned[1]):
-            return point[1:3] == ("(", ")") and len(assigned[1]) == len(point[3]) and all(
+            return point[1:3] == ("(", ")") and len({item[1] for item in assigned[1]}) == len(point[3]) and all(
                 _equal(_unnamed(x), y) for x, y in zip(assigned[1], point[3]))
     xs, ys = _items(a), _items(b)
     if len(xs) != 1 or len(ys) != 1 or {"set", "list"}.intersection(kinds):
@@ -834,7 +835,7 @@ _FAILURES = (ValueError, ArithmeticError, TypeError, AttributeError, IndexError,
 def _plain(text: str) -> str:
     """For comparing as text: no wrappers nor spaces, except between digits; words in lower case."""
     text = re.sub(r"(?<![\d,;]) | (?!\d)|(?<!\.)\.$", "", _WRAPPER.sub(r"\1", text))
-    return text.casefold() if re.search(r"[^\W\d_]{2}", text) and not re.search(r"[-+*/^=_\\]", text) else text
+    return text.casefold() if re.search(r"[^\W\d_]{3}|(?i:no|am|pm)", text) and not re.search(r"[-+*/^=_\\]", text) else text
 
 
 @functools.lru_cache(maxsize=256)
@@ -852,7 +853,7 @@ def _readings_agree(given: str, gold: str) -> bool:
     joined = [_THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) for text in (given, gold)]
     for x, y in {tuple(joined): 1, (given, gold): 1}:
         x, y = _parse(x), _parse(y)
-        if x and y and (not x[1] or not y[1] or x[1] == y[1]) and _equal(x[0], y[0]):
+        if x and y and (not x[1] or not y[1] or sorted(x[1]) == sorted(y[1])) and _equal(x[0], y[0]):
             return True
     return False
 
