@@ -45,8 +45,12 @@ def _braced(text: str, start: int) -> int | None:
 
 def _last_box(text: str) -> str | None:
     """Content of the last well-formed box; one inside another belongs to the outer one."""
+    boxes, at, tries = [], len(text), 0
+    while len(boxes) < 16 and tries < 1000 and (at := text.rfind("box", 0, at)) > 0:
+        boxes += filter(None, [_BOX.match(text, text.rfind("\\", max(0, at - 2), at))])
+        tries += 1
     answer, end = None, -1
-    for box in list(_BOX.finditer(text))[-16:]:
+    for box in reversed(boxes):
         if box.start() > end and box[1]:
             answer, end = box[1], box.end()
         elif box.start() > end and (close := _braced(text, box.end() - 1)) is not None:
@@ -251,7 +255,7 @@ _UNITS = {name: names.split()[0] for names in (
 # words that say something about the number before them, and so are no unit
 _HEDGES = set("is isnt not no if for some maybe perhaps possibly probably about approximately approx almost around roughly "
               "nearly at least most more less than when where unless wrong incorrect false but except over under to from "
-              "between any other else something guess think likely unsure solution root modulo mod ish".split()) | {*_NUMBER_WORDS}
+              "between any other else something guess think likely unsure solution root modulo mod".split()) | {*_NUMBER_WORDS}
 _CLOSE = {"(": ")", "[": "]", r"\{": r"\}"}
 
 
@@ -643,7 +647,7 @@ def _interval(sides: list, relations: list):
 # ----------------------------------------------------------------------------------------------------------- values
 
 _mp = MPContext()
-_CHEAP = {"+", "*", "/", "abs", "deg", "pct", "floor", "ceil", "var", "const"}
+_COSTS = {**dict.fromkeys(("+", "*", "/", "deg", "pct", "floor", "ceil", "var", "const"), 0.1), "abs": 0.3, "!": 5, "binom": 5}
 
 
 def _sum(a, b):
@@ -717,12 +721,12 @@ def _pairs(a, b) -> list:
     """The values of two trees at a few points, with enough bits that numbers which differ in their last bit differ by far."""
     nodes = [n for tree in (a, b) for n in _walk(tree)]
     bits = max((n.numerator.bit_length() + n.denominator.bit_length() for n in nodes if isinstance(n, Fraction)), default=0)
-    costly = sum(10 if n[0] in ("!", "binom") else n[0] not in _CHEAP for n in nodes if isinstance(n, tuple))
-    prec = 2 * (80 + bits)
-    if len(nodes) > 500 or bits > 2000 or costly * (prec / 160) ** 1.3 > 100:
+    points, prec = 3 if _has((a, b), "var") else 1, 2 * (80 + bits)
+    cost = sum(_COSTS.get(n[0], 1) if n[0] != "^" or not _exact(n[2]) else 0.1 for n in nodes if isinstance(n, tuple))
+    if bits > 2000 or cost * points * (prec / 160) ** 1.3 > 60:
         raise _Unreadable("too costly to compare")
     _mp.prec = prec
-    return [(_value(a, point), _value(b, point)) for point in range(3 if _has((a, b), "var") else 1)]
+    return [(_value(a, point), _value(b, point)) for point in range(points)]
 
 
 def _close(a, b) -> bool:
