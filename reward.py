@@ -178,6 +178,12 @@ _ARITHMETIC = {"+": Fraction.__add__, "*": Fraction.__mul__, "/": Fraction.__tru
 
 def _op(name: str, *args):
     """The operation's result if it is exact, else its tree."""
+    if _exact(*args):
+        value = _ARITHMETIC[name](*args) if name in _ARITHMETIC else None
+        if value is not None and value.numerator.bit_length() + value.denominator.bit_length() > BITS:
+            raise _Unreadable("a number too large")
+        if value is not None:
+            return value
     kinds = [_kind(a) for a in args]
     if name == "+" and kinds == ["matrix"] * 2 and _shape(args[0]) == _shape(args[1]):
         return ("matrix", tuple(tuple(_op("+", x, y) for x, y in zip(*rows)) for rows in zip(args[0][1], args[1][1])))
@@ -190,10 +196,6 @@ def _op(name: str, *args):
         raise _Unreadable("no value")
     if name == "*" and args[0] == -1 and args[1] in (_INF, _NINF):
         return ("inf", -args[1][1])
-    if _exact(*args) and name in _ARITHMETIC and (value := _ARITHMETIC[name](*args)) is not None:
-        if value.numerator.bit_length() + value.denominator.bit_length() > BITS:
-            raise _Unreadable("a number too large")
-        return value
     return (name, *args)
 
 
@@ -484,11 +486,13 @@ class _Parser:
         raise _Unreadable(f"unexpected {text[:20]!r}")
 
     def number(self, text: str):
-        mantissa, _, exponent = text.lower().partition("e")
-        if abs(int(exponent or 0)) > BITS // 4:
-            raise _Unreadable("a number too long")
-        number = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        if text.isdigit() and self.peek(-2) not in ("^", "_"):  # perhaps a mixed number
+        if not text.isdigit():
+            mantissa, _, exponent = text.lower().partition("e")
+            if abs(int(exponent or 0)) > BITS // 4:
+                raise _Unreadable("a number too long")
+            return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
+        number = Fraction(int(text))
+        if self.peek(-2) not in ("^", "_"):  # perhaps a mixed number
             if self.peek() == "frac":
                 part = self.base()
                 return number + part if _exact(part) and 0 < part < 1 else _op("*", number, part)
@@ -684,7 +688,7 @@ def _point(name: str, point: int) -> tuple:
 def _residue(node) -> int | None:
     """The value modulo PRIME of a tree of + * / and integer powers; None for other trees."""
     if isinstance(node, Fraction):
-        return node.numerator * pow(node.denominator, -1, PRIME) % PRIME
+        return node.numerator * (1 if node.denominator == 1 else pow(node.denominator, -1, PRIME)) % PRIME
     name, *children = node
     if name == "var" or node == ("const", "pi"):  # pi is transcendental
         return _point(children[0], 0)[0]
@@ -828,6 +832,7 @@ def _equal(a, b) -> bool:
     return _same_number(a, b)
 
 
+_NUMBER = re.compile(r"(-?)(?:\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+(?:\.[0-9]+)?)(?:/([0-9]+))?)")
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d)")
 _BUILDER = re.compile(r"\\\{ ?[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}")
 _CHOICE = re.compile(r"\(?([A-J])(?:\)|\.|:)(?: +([^()]*))?|([A-Ja-e])")
@@ -854,9 +859,8 @@ def _parse(text: str):
 
 def _readings_agree(given: str, gold: str) -> bool:
     """With commas between thousands, or between items."""
-    joined = [_THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) for text in (given, gold)]
-    for x, y in {tuple(joined): 1, (given, gold): 1}:
-        x, y = _parse(x), _parse(y)
+    readings = {tuple(_THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) for text in (given, gold)): 0, (given, gold): 0}
+    for x, y in (map(_parse, pair) for pair in readings):
         if x and y and (not x[1] or not y[1] or sorted(x[1]) == sorted(y[1])) and _equal(x[0], y[0]):
             return True
     return False
@@ -892,9 +896,11 @@ def is_equal(given: str, gold: str) -> bool:
         return bool(re.search(r"\w|\\\{", gold))
     if len(given) > LONGEST or len(gold) > LONGEST:
         return False
-    if re.fullmatch(r"-?[0-9]+", given) and re.fullmatch(r"-?[0-9]+", gold):  # most answers
-        return int(given) == int(gold)
+    numbers = _NUMBER.fullmatch(given), _NUMBER.fullmatch(gold)
     try:
+        if all(numbers):  # as most answers are
+            x, y = (Fraction(n[2] or n[4]) / int(n[3] or n[5] or 1) for n in numbers)
+            return x == y and (numbers[0][1] == numbers[1][1] or x == 0)
         return _same(given, gold)
     except _FAILURES:
         return False
