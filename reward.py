@@ -22,6 +22,7 @@ TAIL = 100_000  # characters of a response in which its answer is looked for
 TOKENS = 200
 DEPTH = 40
 BITS = 20_000  # of an exact number; what would be larger is not computed
+WORK = 60  # for one comparison, in units of about 0.15 ms
 PRIME = 2**255 - 19  # 1 modulo 4, so that it has a square root of -1
 
 # ------------------------------------------------------------------------------------------------------- extraction
@@ -597,19 +598,21 @@ def _bracketed(opening: str, closing: str, items: tuple):
     return ("seq", "(" if items[0] == _NINF else opening, ")" if items[-1] == _INF else closing, items)
 
 
-def _is_name(node, alone: bool = True) -> bool:
+def _is_name(node) -> bool:
     """x, a word, f(x), AB, |AB|, AB/CD or (x, y), most of which the parser reads as products; not xy, or xy = 5 would be 5."""
     if not isinstance(node, tuple):
         return False
-    if node[0] in ("var", "text"):
-        return alone or node[0] == "text" or node[1][0].isupper()
+    if node[0] == "seq":
+        return all(map(_is_name, node[3])) if node[1] == "(" else all(map(_capitals, node[3][:-1]))
     if node[0] == "*":  # f(x) and f^{-1}(x)
         first = node[1][1] if isinstance(node[1], tuple) and node[1][0] == "^" and node[1][2] == -1 else node[1]
-        return _is_name(first) and (first[1][0] in "fghpq" or _is_name(first, False)) and (
-            _exact(node[2]) or _is_name(node[2], first[1][0] in "fghpq" or alone))
-    if node[0] in ("abs", "/"):
-        return all(_is_name(child, False) for child in node[1:])
-    return node[0] == "seq" and all(_is_name(child, node[1] == "(") for child in node[3][:2])
+        if isinstance(first, tuple) and first[0] == "var" and (first[1][0] in "fghpq" or first[1][0].isupper()):
+            return _exact(node[2]) or node[2][0] == "var"
+    return node[0] in ("var", "text") or _capitals(node)
+
+
+def _capitals(node) -> bool:
+    return all(isinstance(n, tuple) and (n[0] in ("*", "/", "abs") or n[0] == "var" and n[1][0].isupper()) for n in _walk(node))
 
 
 def _chain(sides: list):
@@ -721,16 +724,31 @@ def _value(node, point: int):
     return _VALUES[name](*args) if name in _VALUES else getattr(_mp, name)(*args)
 
 
+def _spend(work: float) -> None:
+    _mp.spent += work
+    if _mp.spent > WORK:
+        raise _Unreadable("too costly to compare")
+
+
+@functools.lru_cache(maxsize=256)
+def _values(node, points: int, prec: int) -> list:
+    cost = sum(0.2 if n[0] == "^" and _exact(n[2]) and n[2].denominator == 1 else _COSTS.get(n[0], 1)
+               for n in _walk(node) if isinstance(n, tuple))
+    _spend(cost * points * (prec / 160) ** 1.3)
+    _mp.prec = prec
+    return [_value(node, point) for point in range(points)]
+
+
 def _pairs(a, b) -> list:
     """The values of two trees at a few points, with enough bits that numbers which differ in their last bit differ by far."""
-    nodes = [n for tree in (a, b) for n in _walk(tree)]
-    bits = max((n.numerator.bit_length() + n.denominator.bit_length() for n in nodes if isinstance(n, Fraction)), default=0)
-    points, prec = 3 if _has((a, b), "var") else 1, 2 * (80 + bits)
-    cost = sum(_COSTS.get(n[0], 1) if n[0] != "^" or not _exact(n[2]) else 0.1 for n in nodes if isinstance(n, tuple))
-    if bits > 2000 or cost * points * (prec / 160) ** 1.3 > 60:
-        raise _Unreadable("too costly to compare")
+    numbers = [n for n in _walk((a, b)) if isinstance(n, Fraction)]
+    bits = max((n.numerator.bit_length() + n.denominator.bit_length() for n in numbers), default=0)
+    if bits > 2000:
+        raise _Unreadable("too long to compare")
+    points, prec = 3 if _has((a, b), "var") else 1, 2 * (80 + bits - bits % -32)
+    pairs = list(zip(_values(a, points, prec), _values(b, points, prec)))
     _mp.prec = prec
-    return [(_value(a, point), _value(b, point)) for point in range(points)]
+    return pairs
 
 
 def _close(a, b) -> bool:
@@ -742,6 +760,7 @@ def _same_number(a, b) -> bool:
         return a == b
     if _has((a, b), "inf"):
         return False
+    _spend(0.2)
     residues = _residue(a), _residue(b)
     if None not in residues:
         return residues[0] == residues[1]
@@ -850,6 +869,7 @@ def _plain(text: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _parse(text: str):
     """(tree, units), or None if it cannot be read."""
+    _mp.spent = 0
     try:
         parser = _Parser(text)
         return parser.answer(), parser.units
@@ -861,6 +881,7 @@ def _readings_agree(given: str, gold: str) -> bool:
     """With commas between thousands, or between items."""
     readings = {tuple(_THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) for text in (given, gold)): 0, (given, gold): 0}
     for x, y in (map(_parse, pair) for pair in readings):
+        _mp.spent = 0
         if x and y and (not x[1] or not y[1] or sorted(x[1]) == sorted(y[1])) and _equal(x[0], y[0]):
             return True
     return False
