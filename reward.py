@@ -688,21 +688,21 @@ def _point(name: str, point: int) -> tuple:
     return rng.randrange(PRIME), complex(rng.uniform(0.6, 2.4), rng.uniform(0.1, 0.9))
 
 
-def _residue(node) -> int | None:
+def _residue(node, point: int = 0) -> int | None:
     """The value modulo PRIME of a tree of + * / and integer powers; None for other trees."""
     if isinstance(node, Fraction):
         return node.numerator * (1 if node.denominator == 1 else pow(node.denominator, -1, PRIME)) % PRIME
     name, *children = node
     if name == "var" or node == ("const", "pi"):  # pi is transcendental
-        return _point(children[0], 0)[0]
+        return _point(children[0], point)[0]
     if node == ("const", "i"):
         return pow(2, PRIME // 4, PRIME)
     if name not in ("+", "*", "/", "^", "pct"):
         return None
-    a, b = _residue(children[0]), children[1] if len(children) > 1 else Fraction(100)
+    a, b = _residue(children[0], point), children[1] if len(children) > 1 else Fraction(100)
     if name == "^":
         return pow(a, int(b), PRIME) if a is not None and _exact(b) and b.denominator == 1 else None
-    if a is None or (b := _residue(b)) is None:
+    if a is None or (b := _residue(b, point)) is None:
         return None
     return (a + b if name == "+" else a * b if name == "*" else a * pow(b, -1, PRIME)) % PRIME
 
@@ -769,6 +769,9 @@ def _same_number(a, b) -> bool:
 
 def _proportional(a, b, positive: bool) -> bool:
     """a = c b for one constant c (> 0), as for the two sides of an equation brought together."""
+    residues = [] if positive else [_residue(node, point) for point in range(2) for node in (a, b)]
+    if residues and not {0, None}.intersection(residues):
+        return _has((a, b), "var") and (residues[0] * residues[3] - residues[1] * residues[2]) % PRIME == 0
     pairs = _pairs(a, b)
     if len(pairs) == 1 or any(0 in pair for pair in pairs):
         return False
