@@ -154,7 +154,7 @@ HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "cuda_graphs", "m
 _SMALL = dict(gradient_checkpointing=True)
 _LONG = dict(gradient_checkpointing=True, max_new_tokens=1024, sample_rows=128)
 PRESETS = {
-    "tiny": ("tiny", dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40, lr=3e-4, eval_every=11)),
+    "tiny": ("tiny", dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40, lr=4e-4, eval_every=11)),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
     "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", _SMALL),
     "qwen3-0.6b": ("Qwen/Qwen3-0.6B", _SMALL | dict(sample_rows=64)),  # its cache is 112 KiB a token, Qwen2.5-0.5B's 12
@@ -1123,7 +1123,7 @@ def warnings_for(metrics: dict, updates: int) -> dict[str, str]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------- training loop
+# ------------------------------------------------------------------------------- warm-up, held-out accuracy, devices
 
 
 def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
@@ -1298,6 +1298,9 @@ def restore(model, optimizer, scheduler, scaler, stream: ProblemStream, state: d
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
     stream.position = state["position"]
+
+
+# --------------------------------------------------------------------------------------------------- training loop
 
 
 class Stop:

@@ -3,6 +3,7 @@
     python tests/bench.py                               # the tiny model
     python tests/bench.py --model DIR                   # a local model, such as a pretrained one of 135 M parameters
     python tests/bench.py --model DIR --prompt_tokens 700 --prompts 2
+    python tests/bench.py --model DIR --trl             # a whole step beside TRL's GRPOTrainer; needs pip install trl accelerate
     python tests/bench.py --model random-0.5b --prompts 32 --group 16 --prompt_tokens 256 --new_tokens 1024   # on a GPU
 
 Both sides take turns, `--rounds` times each, and the ratio is that of the medians: absolute times of a shared machine
@@ -35,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--micro_tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", action="store_true", help="a whole step beside TRL's instead")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one side once, in its own process, for its peak memory
     return parser.parse_args()
 
@@ -75,7 +77,9 @@ class Bench:
 
     def sampler(self):
         if self.half is None:
-            self.half = self.model if self.precision is None else aspo.with_weights_in(self.precision, load(self.args.model, self.device))
+            self.half = self.model
+            if self.precision is not None:
+                self.half = aspo.with_weights_in(self.precision, load(self.args.model, self.device))
         return self.half.eval()
 
     def ours_sampling(self) -> int:
@@ -141,6 +145,68 @@ class Bench:
         return 1 - sum(map(sum, sizes)) / sum(len(size) * max(size) for size in sizes)
 
 
+QUESTIONS = [f"A shop sells {a} red and {b} blue balls a day. How many balls does it sell in {c} days?"
+             for a, b, c in ((3, 4, 5), (12, 7, 3), (20, 15, 2), (9, 9, 9), (31, 4, 6), (8, 2, 7), (14, 6, 10), (5, 5, 4))]
+
+
+def steps_of_trl(args, rounds: int) -> list[float]:
+    """Sampled tokens per second of whole steps of TRL's GRPOTrainer: one optimiser step per rollout, no KL."""
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = args.prompts * args.group
+    config = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows // 4, gradient_accumulation_steps=4,
+                        num_generations=args.group, max_completion_length=args.new_tokens, max_steps=rounds, beta=0.0,
+                        learning_rate=1e-6, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                        bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": QUESTIONS[i % 8]}]} for i in range(args.prompts)])
+    tokens, speeds, started = [], [], 0.0
+
+    def reward(completion_ids, **columns):
+        tokens.append(sum(map(len, completion_ids)))
+        return [float(i % 2) for i in range(len(completion_ids))]  # a signal in every group
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            nonlocal started
+            started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            speeds.append(tokens[-1] / (time.perf_counter() - started))
+
+    GRPOTrainer(args.model, reward, args=config, train_dataset=data, callbacks=[Clock()]).train()
+    return speeds
+
+
+def steps_of_ours(args, rounds: int) -> list[float]:
+    """The same steps by aspo.py."""
+    cfg = aspo.parse(["--model", args.model, "--data", "arithmetic", "--loss", "grpo"])
+    cfg = aspo.dataclasses.replace(cfg, prompts=args.prompts, minibatch=args.prompts, group_size=args.group, epochs=1,
+                                   max_new_tokens=args.new_tokens, micro_tokens=args.micro_tokens)
+    device = aspo.use_device(cfg)
+    precision = aspo.choose_precision(device)
+    autocast = lambda: torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+    model, tokenizer = aspo.load_model(cfg)
+    model.to(device)
+    sampler = model if precision is None else aspo.with_weights_in(precision, aspo.copy.deepcopy(model))
+    decoder, optimizer = aspo.Decoder(sampler), torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    scheduler, speeds = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), []
+    problems = [{"problem": QUESTIONS[i % 8], "answer": "0"} for i in range(args.prompts)]
+    for _ in range(rounds):
+        started = time.perf_counter()
+        sampler.eval()
+        samples = aspo.roll_out(sampler, tokenizer, problems, args.group, cfg, decoder=decoder)
+        for i, s in enumerate(samples):
+            s.advantage = (-1.0) ** i
+        aspo.update(model, None, optimizer, scheduler, torch.amp.GradScaler(enabled=False), samples, cfg,
+                    aspo.pad_token(tokenizer), autocast)
+        speeds.append(sum(len(s.response) for s in samples) / (time.perf_counter() - started))
+    return speeds
+
+
 def timed(work, device) -> float:
     """Response tokens per second."""
     started = time.perf_counter()
@@ -163,6 +229,14 @@ def peak_of(side: str, args) -> float:
 
 def main() -> None:
     args = parse()
+    if args.trl:
+        print(f"{args.model}: whole steps of {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} tokens, "
+              "sampled tokens/s\n| ours | TRL | ours / TRL |\n|---|---|---|")
+        steps = 1 + torch.cuda.is_available()  # the first one captures graphs
+        rounds = [(steps_of_ours(args, steps)[-1], steps_of_trl(args, steps)[-1]) for _ in range(args.rounds)]
+        for a, b in rounds:
+            print(f"| {a:.0f} | {b:.0f} | {a / b:.2f} |")
+        return
     bench = Bench(args)
     if args.only:
         work = getattr(bench, args.only)
