@@ -129,7 +129,7 @@ class Config:
     fsdp: bool = knob(False, "under torchrun: shard weights, gradients and optimiser state over the processes")
     rehearse: bool | None = knob(None, "first run the longest batches that can occur, to meet out-of-memory now [yes on CUDA]")
     # supervised warm-up of the tiny model
-    sft_steps: int = knob(400, "warm-up steps on sloppy demonstrations (tiny only)")
+    sft_steps: int = knob(500, "warm-up steps on sloppy demonstrations (tiny only)")
     # reports
     eval_every: int = knob(20, "steps between held-out evaluations; 0: only before and after")
     eval_problems: int = knob(128, "held-out problems")

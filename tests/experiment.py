@@ -18,18 +18,19 @@ from conftest import ROOT
 
 from eval import half_width, last
 
-LOSSES, GRID, GRID_SEEDS = ("grpo", "aspo", "no-is"), ("1e-4", "2e-4", "4e-4", "8e-4"), (100, 101)
+LOSSES, GRID, GRID_SEEDS = ("grpo", "aspo", "no-is"), ("2e-4", "4e-4", "8e-4"), (100, 101)
 METRICS = ("reward", "entropy", "ratio_pos", "ratio_neg", "weight_pos", "weight_pos_low", "weight_pos_high", "weight_neg", "weight_neg_low",
            "weight_neg_high", "clip_frac_pos", "clip_frac_neg", "approx_kl", "repetition")
 
 
 def run(loss: str, seed: int, lr: str, out: Path) -> Path:
     """Train, or resume, or do nothing if it is finished; then sample 16 responses to every held-out problem."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    call = lambda script, *flags: subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], env=environment, check=True,
-                                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    call = lambda script, *flags: subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    new = ["--loss", loss, "--seed", seed, "--lr", lr, "--sft_steps", 400, "--out", out]
     if not (out / "checkpoint").exists():
-        call("aspo.py", *(["--resume", out] if (out / "config.json").exists() else ["--loss", loss, "--seed", seed, "--lr", lr, "--out", out]))
+        call("aspo.py", *(["--resume", out] if (out / "config.json").exists() else new))
     call("eval.py", out, "--bench", "arithmetic", "--k", 16, "--temperature", 1, "--top_p", 1)
     return out
 
