@@ -262,6 +262,13 @@ _HEDGES = set("is isnt not no if for some maybe perhaps possibly probably about 
 _CLOSE = {"(": ")", "[": "]", r"\{": r"\}"}
 
 
+def _decimal(text: str) -> Fraction:
+    mantissa, _, exponent = text.lower().partition("e")
+    if abs(int(exponent or 0)) > BITS // 4:
+        raise _Unreadable("a number too long")
+    return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
+
+
 def _repeating(text: str) -> Fraction:
     """0.1\\overline{6}, 0.1(6) and 0.1666... are 1/6."""
     whole, _, rest = text.partition(".")
@@ -487,18 +494,15 @@ class _Parser:
         raise _Unreadable(f"unexpected {text[:20]!r}")
 
     def number(self, text: str):
+        number = _decimal(text)
         if not text.isdigit():
-            mantissa, _, exponent = text.lower().partition("e")
-            if abs(int(exponent or 0)) > BITS // 4:
-                raise _Unreadable("a number too long")
-            return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        number = Fraction(int(text))
+            return number
         if self.peek(-2) not in ("^", "_"):  # perhaps a mixed number
             if self.peek() == "frac":
                 part = self.base()
                 return number + part if _exact(part) and 0 < part < 1 else _op("*", number, part)
             if self.tokens[self.i][2] and (self.kind(), self.peek(1), self.kind(2)) == ("num", "/", "num"):
-                part = Fraction(self.next()) / Fraction(self.next() and self.next())
+                part = _decimal(self.next()) / _decimal(self.next() and self.next())
                 if 0 < part < 1:
                     return number + part
                 raise _Unreadable("two numbers")

@@ -1,8 +1,10 @@
 """Throw random and mutated answers at the checker; and score it beside math-verify, if that is installed.
 
-    python tests/fuzz_reward.py 1000000        # cases; prints exceptions, slow cases, the worst time, the peak memory
+    python tests/fuzz_reward.py 1000000 0      # cases and seed; prints exceptions, slow cases, the worst time, the peak memory
     python tests/fuzz_reward.py compare        # our own labelled cases, right and wrong, with times
 """
+import faulthandler
+import gc
 import json
 import random
 import resource
@@ -40,10 +42,14 @@ def mutate(rng: random.Random, seeds: list[str]) -> str:
     return text
 
 
-def fuzz(cases: int) -> None:
-    rng, seeds = random.Random(0), [text[:3000] for text in ANSWERS + HOSTILE]
+def fuzz(cases: int = 1_000_000, seed: int = 0) -> None:
+    rng, seeds = random.Random(seed), [text[:3000] for text in ANSWERS + HOSTILE]
     errors, slow, worst = [], [], (0.0, "", "")
+    gc.collect()
+    gc.freeze()  # else a slow case is now and then a look of the collector at everything that was imported
     for i in range(cases):
+        if i % 1000 == 0:
+            faulthandler.dump_traceback_later(120, exit=True)  # a case that hangs shows where
         a, b = mutate(rng, seeds), rng.choice(seeds)
         if rng.random() < 0.3:
             b = mutate(rng, seeds)
@@ -98,4 +104,4 @@ def compare() -> None:
 
 
 if __name__ == "__main__":
-    compare() if sys.argv[1:] == ["compare"] else fuzz(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    compare() if sys.argv[1:] == ["compare"] else fuzz(*map(int, sys.argv[1:]))
