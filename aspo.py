@@ -130,6 +130,7 @@ class Config:
     rehearse: bool | None = knob(None, "first run the longest batches that can occur, to meet out-of-memory now [yes on CUDA]")
     # supervised warm-up of the tiny model
     sft_steps: int = knob(500, "warm-up steps on sloppy demonstrations (tiny only)")
+    sft_slip: float = knob(0.25, "share of wrong steps in these demonstrations (tiny only)")
     # reports
     eval_every: int = knob(20, "steps between held-out evaluations; 0: only before and after")
     eval_problems: int = knob(128, "held-out problems")
@@ -171,7 +172,7 @@ def check(cfg: Config) -> None:
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
     for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "tis_cap", "weight_decay",
-                 "lr_warmup", "sft_steps", "eval_every", "save_every"):
+                 "lr_warmup", "sft_steps", "sft_slip", "eval_every", "save_every"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.loss not in WEIGHTS:
@@ -248,7 +249,7 @@ def all_arithmetic_problems() -> list[dict]:
             for terms in itertools.product(range(1, 6), repeat=4)]
 
 
-def sloppy_demonstration(problem: str, rng: random.Random, slip: float = 0.35) -> str:
+def sloppy_demonstration(problem: str, rng: random.Random, slip: float) -> str:
     """Work out a sum by merging a random neighbouring pair at a time, one or two too high in a share `slip` of them.
 
     "3+1+5+2" -> "3+6+2=9+2=11\n#### 11". Nothing is shown of answering at once, and a model of this size cannot,
@@ -1136,7 +1137,7 @@ def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
     for _ in range(cfg.sft_steps):
         batch = []
         for row in rng.choices(problems, k=32):
-            text = sloppy_demonstration(row["problem"], rng)
+            text = sloppy_demonstration(row["problem"], rng, cfg.sft_slip)
             batch.append(Sample(row["problem"], row["answer"], encode(tokenizer, row["problem"], cfg),
                                 tokenizer(text).input_ids + [tokenizer.eos_token_id], text, 0.0, False, 0.0))
         logp, _, mask = batch_logp(model, batch, cfg, pad_token(tokenizer), contextlib.nullcontext)

@@ -28,7 +28,7 @@ def run(loss: str, seed: int, lr: str, out: Path) -> Path:
     call = lambda script, *flags: subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    new = ["--loss", loss, "--seed", seed, "--lr", lr, "--sft_steps", 400, "--out", out]
+    new = ["--loss", loss, "--seed", seed, "--lr", lr, "--out", out]
     if not (out / "checkpoint").exists():
         call("aspo.py", *(["--resume", out] if (out / "config.json").exists() else new))
     call("eval.py", out, "--bench", "arithmetic", "--k", 16, "--temperature", 1, "--top_p", 1)

@@ -430,10 +430,10 @@ def test_prompts_use_the_chat_template_and_the_instruction(tiny):
 
 def test_demonstrations_work_in_steps_and_sometimes_slip():
     rng = random.Random(0)
-    demos = [aspo.sloppy_demonstration("3+1+5+2", rng) for _ in range(400)]
+    demos = [aspo.sloppy_demonstration("3+1+5+2", rng, slip=0.25) for _ in range(400)]
     assert all(d.count("=") == 2 and d.split("=")[0].count("+") == 2 for d in demos)
     right = sum(d.endswith("\n#### 11") for d in demos) / 400
-    assert 0.25 < right < 0.55
+    assert 0.34 < right < 0.50  # three additions, all without a slip: .75 ** 3 = .42, four standard errors around it
     assert {aspo.sloppy_demonstration("3+1+5", rng, slip=0) for _ in range(50)} == {"4+5=9\n#### 9", "3+6=9\n#### 9"}
 
 
