@@ -56,8 +56,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, set_seed)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, Cache,
+                          HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+                          get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, set_seed)
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward import extract_answer, math_reward
 
@@ -124,7 +127,7 @@ class Config:
     weight_decay: float = knob(0.1, "AdamW weight decay")
     lr_warmup: int = knob(10, "optimiser steps of linear warm-up, then constant")
     grad_clip: float = knob(1.0, "gradient norm limit")
-    micro_tokens: int = knob(8192, "tokens per forward and backward, padding included; changes memory, not the gradient")
+    micro_tokens: int = knob(8192, "tokens per forward and backward; changes memory, not the gradient")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about 30 %% slower")
     fsdp: bool = knob(False, "under torchrun: shard weights, gradients and optimiser state over the processes")
     rehearse: bool | None = knob(None, "first run the longest batches that can occur, to meet out-of-memory now [yes on CUDA]")
@@ -386,6 +389,7 @@ def tiny_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.04,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    model.set_attn_implementation("packed")
     return model, tokenizer
 
 
@@ -404,26 +408,29 @@ def load_model(cfg: Config):
     for module in model.modules():  # dropout would make the ratio differ from 1 before the first update
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     try:
         gap = probe(model)
     except Exception as error:  # whatever an unusual architecture makes of our masks and cache
         gap = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     if not (isinstance(gap, float) and gap < 1e-3):
         raise UserError(f"--model {cfg.model}: sampler and trainer do not agree on a {type(model).__name__} ({gap}), for example "
-                        "because it changes its logits after the output layer; choose a Qwen, Llama, Mistral or similar model")
+                        "because it changes its logits after the output layer or does attention in a way of its own; choose a Qwen, Llama, "
+                        "Mistral or similar model")
     return model, tokenizer
 
 
 @torch.no_grad()
 def probe(model) -> float:
-    """Largest difference between the log-probabilities of the sampler and of `token_logp` on a few greedy tokens."""
+    """Switch to packed attention; the largest difference that it makes to log-probabilities of a few greedy tokens."""
     prompts = [[5, 6, 7, 8], [9, 10]]
     drawn = sample(model.eval(), prompts, 1, stop_ids=[], pad_id=0, max_new_tokens=4, temperature=0)
-    tokens, attention, mask = collate([Sample("", "", prompt, response, "", 0.0, False, 0.0) for prompt, (response, _, _)
-                                       in zip(prompts, drawn)], 0, model.device)
-    logp = token_logp(model, tokens, attention, mask, 1.0)[0][mask]
+    packed = pack([Sample("", "", prompt, response, "", 0.0, False, 0.0) for prompt, (response, _, _) in zip(prompts, drawn)],
+                  model.device)
+    model.set_attn_implementation("packed")
+    logp = token_logp(model, packed, 1.0)[0][packed.mask]
     return (logp - torch.cat([sampled for _, sampled, _ in drawn])).abs().max().item()
 
 
@@ -865,25 +872,113 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 
 
 # -------------------------------------------------------------------------------------- log-probabilities and update
+# The responses of a group begin with the same prompt, and their lengths differ. So samples are packed into one row, each
+# prompt once and nothing padded; only attention has to know which tokens belong together.
 
-
-MICRO_COST = 64  # tokens that cost as much as one more micro-batch does
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
+BLOCK = 16  # responses of similar length that attention takes side by side, padded to the longest
+
+
+@dataclass
+class Block:
+    """A part of attention: which tokens of a packed row look at which others. Padding stands for the row's token 0."""
+
+    queries: Tensor  # (rows, q) places in the packed row
+    keys: Tensor  # (rows, k) places
+    real: Tensor  # (rows, q) bool, no padding
+    visible: Tensor  # (rows, 1, q, k) bool
+    query_positions: Tensor  # (rows, 1, q, 1) in their sequence
+    key_positions: Tensor  # (rows, 1, 1, k)
+
+
+@dataclass
+class Packed:
+    """Samples in one row of N tokens: each different prompt once, however many responses it has, then the responses."""
+
+    tokens: Tensor  # (1, N)
+    positions: Tensor  # (1, N)
+    blocks: list[Block]
+    source: Tensor  # (M,) the place whose hidden state predicts each of the M response tokens
+    targets: Tensor  # (M,) these tokens
+    mask: Tensor  # (B, T) bool: where they stand in the padded responses
+
+
+def pack(samples: list[Sample], device) -> Packed:
+    """Lay samples out for `token_logp`. A last token is only predicted, so it is a target and no input.
+
+    What is trained comes from lengths, not from `token == pad`: where pad is eos that would leave out the stop token.
+    """
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(s.prompt) for s in samples))}
+    owner = torch.tensor([prompts[tuple(s.prompt)] for s in samples])  # (B,)
+    rows = [*prompts, *(s.response[:-1] for s in samples)]  # Q prompts, B responses
+    lengths, n_prompts = torch.tensor(list(map(len, rows))), len(prompts)
+    column = torch.arange(int(lengths.max()))
+    real = column < lengths[:, None]  # (Q + B, W)
+    place = torch.zeros(real.shape, dtype=torch.long)
+    place[real] = torch.arange(int(real.sum()))
+    begin = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[owner]])
+    position = (begin[:, None] + column).masked_fill(~real, 0)
+    longest = int(lengths[:n_prompts].max())
+
+    def block(which: Tensor, before: Tensor | None = None) -> Block:
+        width = int(lengths[which].max())
+        keys, there, at = (x[which, :width] if before is None else torch.cat([x[before, :longest], x[which, :width]], 1)
+                           for x in (place, real, position))
+        now, at, there = position[which, None, :width, None], at[:, None, None], there[:, None, None]
+        parts = place[which, :width], keys, real[which, :width], there & (at <= now), now, at
+        return Block(*(part.to(device) for part in parts))
+
+    blocks = [block(torch.arange(n_prompts)), *(block(which + n_prompts, owner[which])
+                                                for which in torch.arange(len(samples)).split(BLOCK))]
+    ends = place[owner, lengths[owner] - 1]  # each sample's last prompt token predicts its first response token
+    mask = torch.arange(len(column) + 1) < torch.tensor([[len(s.response)] for s in samples])
+    mask = mask[:, :max(1, int(mask.sum(1).max()))]
+    source = torch.cat([ends[:, None], place[n_prompts:]], 1)[:, :mask.shape[1]][mask]
+    tokens, targets = (torch.tensor(list(itertools.chain(*parts)), dtype=torch.long)
+                       for parts in (rows, (s.response for s in samples)))
+    return Packed(tokens[None].to(device), position[real][None].to(device), blocks, source.to(device), targets.to(device),
+                  mask.to(device))
+
+
+def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling=None,
+                     sliding_window=None, blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: queries (1, heads, N, D) of a packed row -> (1, N, heads, D).
+
+    Without blocks, as when sampling, it is transformers' own.
+    """
+    if blocks is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
+                                               sliding_window=sliding_window, **kwargs)
+    results = []
+    for block in blocks:
+        q, k, v = (x[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)  # (rows, heads, q or k, D)
+                   for x, places in ((query, block.queries), (key, block.keys), (value, block.keys)))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        visible = block.visible
+        if sliding_window:
+            visible = visible & (block.query_positions - block.key_positions < sliding_window)
+        result = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+        results.append(result.transpose(1, 2)[block.real])
+    return torch.cat(results)[None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 def logits_of(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden)
 
 
-def token_logp(model, tokens: Tensor, attention: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy (nats) at temperature T of the tokens under mask, 0 elsewhere.
+def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy (nats) at this temperature of every response token, (B, T) fp32, 0 outside the mask.
 
-    tokens, attention (B, T) right-padded; mask (B, T-1) marks which of tokens[:, 1:] are wanted. Both results (B, T-1)
-    fp32; the entropy has no gradient. Logits exist only for wanted tokens and a chunk at a time, and are recomputed in
-    the backward pass: at a vocabulary of 150,000 they, and not the weights, are what runs out of memory.
+    The entropy has no gradient. Logits exist only for response tokens and a chunk at a time, and are recomputed in the
+    backward pass: at a vocabulary of 150,000 they, and not the weights, are what runs out of memory.
     """
-    hidden = model.base_model(tokens, attention_mask=attention, use_cache=False).last_hidden_state[:, :-1][mask]  # (N, D)
-    targets = tokens[:, 1:][mask]
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.tokens.device)  # else transformers makes an (N, N) mask
+    hidden = model.base_model(packed.tokens, attention_mask=unused, position_ids=packed.positions, use_cache=False,
+                              blocks=packed.blocks).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
 
     def of_chunk(h: Tensor, target: Tensor):
         logits = logits_of(model, h).float() / temperature
@@ -893,56 +988,40 @@ def token_logp(model, tokens: Tensor, attention: Tensor, mask: Tensor, temperatu
         return logits.gather(-1, target[:, None])[:, 0] - log_z, entropy
 
     chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    parts = [checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    parts = [checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), packed.targets.split(chunk))]
+    mask = packed.mask
     logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(part)) for part in zip(*parts))
     return logp, entropy
 
 
-def collate(samples: list[Sample], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded tokens (B, T), attention (B, T), and mask (B, T-1): which of tokens[:, 1:] belong to the response.
-
-    The mask comes from lengths, not from `token == pad`: where pad is eos that would drop the stop token from training.
-    """
-    width = max(len(s.prompt) + len(s.response) for s in samples)
-    tokens = torch.tensor([s.prompt + s.response + [pad_id] * (width - len(s.prompt) - len(s.response)) for s in samples])
-    position = torch.arange(width)
-    start = torch.tensor([[len(s.prompt)] for s in samples])
-    end = torch.tensor([[len(s.prompt) + len(s.response)] for s in samples])
-    mask = (position >= start) & (position < end)
-    return tokens.to(device), (position < end).long().to(device), mask[:, 1:].to(device)
-
-
 def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Cut samples into rows x width <= max_tokens (a longer one goes alone) with as little padding as pays for its pieces.
+    """Cut samples into batches of at most max_tokens when packed (a longer one goes alone), each sorted by length.
 
-    Among samples sorted by length every piece is a range, so the best cut of the first n follows from those of fewer.
+    A prompt is computed once a batch, so the samples of a group should come side by side.
     """
-    samples = sorted(samples, key=lambda s: len(s.prompt) + len(s.response))
-    best, start = [0], []  # least cost of the first n samples, and where the last piece of that cut begins
-    for n, longest in enumerate(samples, 1):
-        width = len(longest.prompt) + len(longest.response)
-        fits = range(max(0, n - max(1, max_tokens // width)), n)
-        start.append(min(fits, key=lambda i: best[i] + (n - i) * width))
-        best.append(best[start[-1]] + (n - start[-1]) * width + MICRO_COST)
-    batches, n = [], len(samples)
-    while n:
-        batches.append(samples[start[n - 1]:n])
-        n = start[n - 1]
-    return batches  # the longest first
+    batches, room = [], 0
+    for s in samples:
+        need = len(s.response) + (0 if batches and s.prompt == batches[-1][-1].prompt else len(s.prompt))
+        if need > room:
+            batches.append([])
+            need, room = len(s.prompt) + len(s.response), max_tokens
+        batches[-1].append(s)
+        room -= need
+    return [sorted(batch, key=lambda s: len(s.response)) for batch in batches]
 
 
-def batch_logp(model, samples: list[Sample], cfg: Config, pad_id: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and mask, each (B, T-1), of one micro-batch of samples."""
-    tokens, attention, mask = collate(samples, pad_id, model.device)
+def batch_logp(model, samples: list[Sample], cfg: Config, autocast) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and mask, each (B, T), of one micro-batch of samples."""
+    packed = pack(samples, model.device)
     with autocast():
         forward = getattr(model, "token_logp", None) or functools.partial(token_logp, model)  # `shard` makes it a method
-        return *forward(tokens, attention, mask, cfg.temperature), mask
+        return *forward(packed, cfg.temperature), packed.mask
 
 
-def micro_batches_of(samples: list[Sample], cfg: Config, pad_id: int) -> list[list[Sample]]:
+def micro_batches_of(samples: list[Sample], cfg: Config) -> list[list[Sample]]:
     """micro_batches; under FSDP as many on every process, the missing ones with nothing to learn from."""
     micros = micro_batches(samples, cfg.micro_tokens)
-    idle = Sample("", "", [pad_id] * 2, [], "", 0.0, False, 0.0, old_logp=torch.zeros(0), sampler_logp=torch.zeros(0))
+    idle = Sample("", "", [0, 0], [], "", 0.0, False, 0.0, old_logp=torch.zeros(0), sampler_logp=torch.zeros(0))
     return micros + [[idle]] * (max(gather(len(micros))) - len(micros) if cfg.fsdp else 0)
 
 
@@ -956,13 +1035,13 @@ def concat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
-def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg: Config, pad_id: int, autocast,
+def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg: Config, autocast,
                bar=None) -> list[dict[str, Tensor]]:
     """Leave this process's part of one optimiser step's gradient in .grad; returns policy_loss's stats per micro-batch."""
     model.zero_grad(set_to_none=True)  # a pass that ran out of memory has left a part behind
     stats = []
-    for micro in micro_batches_of(samples, cfg, pad_id):
-        logp, entropy, mask = batch_logp(model, micro, cfg, pad_id, autocast)
+    for micro in micro_batches_of(samples, cfg):
+        logp, entropy, mask = batch_logp(model, micro, cfg, autocast)
         if any(s.old_logp is None for s in micro):  # the policy has not changed yet
             remember(micro, logp, mask)
         old_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.old_logp for s in micro]).to(logp.device))
@@ -973,7 +1052,7 @@ def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg
             sampler_logp = torch.zeros_like(logp).masked_scatter(mask, sampler_logp)
         if reference is not None:
             with torch.no_grad():
-                ref_logp = batch_logp(reference, micro, cfg, pad_id, autocast)[0]
+                ref_logp = batch_logp(reference, micro, cfg, autocast)[0]
         loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp,
                                  sampler_logp=sampler_logp)
         scaler.scale(loss * (world() if cfg.fsdp else 1)).backward()  # FSDP averages where a sum is wanted
@@ -983,7 +1062,7 @@ def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg
     return stats
 
 
-def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample], cfg: Config, pad_id: int, autocast,
+def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample], cfg: Config, autocast,
            bar=None) -> tuple[dict[str, Tensor], list[float]]:
     """Train on one rollout: mini-batches x epochs optimiser steps, old_logp fixed.
 
@@ -1003,8 +1082,8 @@ def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample]
 
     @torch.no_grad()
     def remember_all():  # but the first mini-batch, which meets the unchanged policy in its own first pass
-        for micro in micro_batches_of(sum(active[1:], []), cfg, pad_id):
-            logp, _, mask = batch_logp(model, micro, cfg, pad_id, autocast)
+        for micro in micro_batches_of(sum(active[1:], []), cfg):
+            logp, _, mask = batch_logp(model, micro, cfg, autocast)
             remember(micro, logp, mask)
 
     with_memory(cfg, "micro_tokens", longest, remember_all)
@@ -1014,7 +1093,7 @@ def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample]
             continue
         norm = sum(gather(sum(len(s.response) for s in batch) if cfg.loss_agg == "token" else len(batch)))
         stats += with_memory(cfg, "micro_tokens", longest,
-                             lambda: accumulate(model, reference, scaler, part, norm, cfg, pad_id, autocast, bar))
+                             lambda: accumulate(model, reference, scaler, part, norm, cfg, autocast, bar))
         if world() > 1 and not cfg.fsdp:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1140,7 +1219,7 @@ def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
             text = sloppy_demonstration(row["problem"], rng, cfg.sft_slip)
             batch.append(Sample(row["problem"], row["answer"], encode(tokenizer, row["problem"], cfg),
                                 tokenizer(text).input_ids + [tokenizer.eos_token_id], text, 0.0, False, 0.0))
-        logp, _, mask = batch_logp(model, batch, cfg, pad_token(tokenizer), contextlib.nullcontext)
+        logp, _, mask = batch_logp(model, batch, cfg, contextlib.nullcontext)
         (-logp[mask].mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -1373,9 +1452,8 @@ def rehearse(model, decoder: Decoder, tokenizer, longest: list[int], cfg: Config
     def updating():
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW's, before it has made them
         rows = [Sample("", "", longest, [pad_id] * cfg.max_new_tokens, "", 0.0, False, 0.0, advantage=1.0)
-                for _ in range(max(1, cfg.micro_tokens // full))]
-        accumulate(model, None, torch.amp.GradScaler(enabled=False), rows, 1.0, dataclasses.replace(cfg, kl_coef=0.0), pad_id,
-                   autocast)
+                for _ in range(max(1, (cfg.micro_tokens - len(longest)) // cfg.max_new_tokens))]
+        accumulate(model, None, torch.amp.GradScaler(enabled=False), rows, 1.0, dataclasses.replace(cfg, kl_coef=0.0), autocast)
         model.zero_grad(set_to_none=True)
         del moments
 
@@ -1466,8 +1544,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
         everyone = sum(gather(samples), [])
         sampled = time.perf_counter()
         with progress(len(samples) * cfg.epochs, f"step {step} updating") as bar:
-            stats, grad_norms = update(model, reference, optimizer, scheduler, scaler, samples, cfg, pad_token(tokenizer),
-                                       autocast, bar)
+            stats, grad_norms = update(model, reference, optimizer, scheduler, scaler, samples, cfg, autocast, bar)
         if sampler is not model:
             with torch.no_grad():
                 for copied, master in zip(sampler.parameters(), model.parameters()):

@@ -40,9 +40,11 @@ def needed(shape: Shape, cfg: aspo.Config, prompt_tokens: int, half: bool = True
     """Bytes by purpose. half: mixed precision, as on CUDA; else fp32 throughout, and no second copy of the weights."""
     element, tokens = 2 if half else 4, cfg.micro_tokens
     context = prompt_tokens + cfg.max_new_tokens
-    # what autograd keeps of a layer per token: inputs, normalised inputs and outputs of two norms (3 each), queries, repeated
-    # keys and values, attention's output twice; in the MLP the gate before and after its activation, the other half, the product
-    inside = 11 * shape.hidden + 4 * shape.mlp
+    # a group's prompt is computed once, but attention gives each of its responses the prompt's keys and values
+    keys = (prompt_tokens + cfg.group_size * context) / (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
+    # what autograd keeps of a layer per token: inputs, normalised inputs and outputs of two norms (3 each), queries, attention's
+    # output twice, repeated keys and values; in the MLP the gate before and after its activation, the other half, the product
+    inside = (9 + 2 * keys) * shape.hidden + 4 * shape.mlp
     kept = shape.hidden * 4 * shape.layers + inside * element if cfg.gradient_checkpointing else inside * element * shape.layers
     return {
         "weights, gradients, moments": 16 * shape.parameters() / processes,

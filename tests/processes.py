@@ -33,7 +33,7 @@ for loss_agg in ("token", "sequence"):
     cfg = aspo.Config(prompts=8, minibatch=4, group_size=4, epochs=2, micro_tokens=60, fsdp=fsdp, loss_agg=loss_agg,
                       drop_uniform_groups=loss_agg == "sequence")
     stats, more = aspo.update(model, None, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), share, cfg,
-                              tokenizer.pad_token_id, contextlib.nullcontext)
+                              contextlib.nullcontext)
     norms += more
 tokens = sum(aspo.gather(len(stats["weight"])))
 weights = {name: aspo.whole(p.detach()).clone() for name, p in model.named_parameters()}

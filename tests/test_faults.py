@@ -192,7 +192,7 @@ def one_update(model, tokenizer, samples, cfg, scaler=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return aspo.update(model, None, optimizer, scheduler, scaler, samples, cfg, tokenizer.pad_token_id, contextlib.nullcontext)
+    return aspo.update(model, None, optimizer, scheduler, scaler, samples, cfg, contextlib.nullcontext)
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step(tiny):
@@ -251,21 +251,21 @@ def test_out_of_memory_in_an_update_halves_the_micro_batch(tiny, monkeypatch, ca
     start_weights = {name: p.clone() for name, p in model.state_dict().items()}
     real, results, seen = aspo.token_logp, [], []
 
-    def limited(model, tokens, *rest):
-        seen.append(tokens.numel())
-        if tokens.numel() > 60:
+    def limited(model, packed, *rest):
+        seen.append(packed.tokens.numel())
+        if seen[-1] > 30:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, tokens, *rest)
+        return real(model, packed, *rest)
 
     for forward in (real, limited):
         monkeypatch.setattr(aspo, "token_logp", forward)
         model.load_state_dict(start_weights)
-        cfg = Config(minibatch=1, epochs=2, group_size=4, prompts=2, micro_tokens=200)
+        cfg = Config(minibatch=1, epochs=2, group_size=4, prompts=2, micro_tokens=100)
         one_update(model, tokenizer, rollout(tokenizer), cfg)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert cfg.micro_tokens == 50 and max(seen) > 60
+    assert cfg.micro_tokens == 25 and max(seen) > 30
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-    assert capsys.readouterr().out.count("out of GPU memory") == 2  # 200 -> 100 -> 50, each said once
+    assert capsys.readouterr().out.count("out of GPU memory") == 2  # 100 -> 50 -> 25, each said once
 
 
 def test_out_of_memory_in_sampling_samples_smaller_chunks(tiny, monkeypatch):
@@ -292,15 +292,15 @@ def test_out_of_memory_in_sampling_samples_smaller_chunks(tiny, monkeypatch):
 
 
 def test_the_rehearsal_meets_the_longest_batches_and_changes_nothing(tmp_path, monkeypatch):
-    widths = []
+    sizes = []
     real = aspo.token_logp
-    monkeypatch.setattr(aspo, "token_logp", lambda model, tokens, *rest: widths.append(tokens.shape) or real(model, tokens, *rest))
+    monkeypatch.setattr(aspo, "token_logp", lambda model, packed, *rest: sizes.append(packed.tokens.numel()) or real(model, packed, *rest))
     flags = ["--steps", "2", *FLAGS]
     for name, extra in (("plain", []), ("rehearsed", ["--rehearse", "True", "--micro_tokens", "200"])):
-        widths.clear()
+        sizes.clear()
         aspo.train(aspo.parse(["--out", str(tmp_path / name), *flags, *extra]))
-    longest = len("1+2+3+4=") + 16
-    assert (200 // longest, longest) in widths
+    prompt = len("1+2+3+4=")
+    assert prompt + (200 - prompt) // 16 * 15 in sizes
     assert [m["reward"] for m in lines(tmp_path / "plain")] == [m["reward"] for m in lines(tmp_path / "rehearsed")]
 
 

@@ -1,14 +1,14 @@
 """Sampling, log-probabilities, masks and the update, on small random models, against slower and plainer ways."""
 import contextlib
 import copy
-import itertools
 import random
 
 import pytest
 import torch
+import transformers
 
 import aspo
-from aspo import Config, Sample, collate, encode, micro_batches, pick, roll_out, sample, token_logp, update
+from aspo import Config, Sample, encode, micro_batches, pack, pick, roll_out, sample, token_logp, update
 
 PROMPTS = ["1+2+3+4=", "5+5=", "1+1+1+1+1+1=", "2="]
 
@@ -43,13 +43,16 @@ def naive_logp(model, s, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_token_logp_equals_one_sequence_at_a_time(tiny, temperature, pad_is_eos):
+@pytest.mark.parametrize("order", ["groups", "shuffled"])
+def test_token_logp_equals_one_sequence_at_a_time(tiny, temperature, order):
     model, tokenizer = tiny
     samples = made_up_samples(tokenizer)
-    pad = tokenizer.eos_token_id if pad_is_eos else tokenizer.pad_token_id
-    tokens, attention, mask = collate(samples, pad, "cpu")
-    logp, entropy = token_logp(model, tokens, attention, mask, temperature)
+    if order == "shuffled":
+        random.Random(0).shuffle(samples)
+    packed = pack(samples, "cpu")
+    assert packed.tokens.numel() == sum(map(len, (ids(tokenizer, text) for text in PROMPTS))) + sum(len(s.response) - 1 for s in samples)
+    logp, entropy = token_logp(model, packed, temperature)
+    mask = packed.mask
     for i, s in enumerate(samples):
         expected_logp, expected_entropy = naive_logp(model, s, temperature)
         torch.testing.assert_close(logp[i][mask[i]], expected_logp, atol=1e-4, rtol=0)
@@ -68,11 +71,11 @@ def test_padding_side_changes_nothing(tiny):
 
 def test_chunks_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatch):
     model, tokenizer = tiny
-    batch = collate(made_up_samples(tokenizer), 0, "cpu")
+    packed = pack(made_up_samples(tokenizer), "cpu")
 
     def run():
         model.zero_grad()
-        logp, _ = token_logp(model, *batch, 0.9)
+        logp, _ = token_logp(model, packed, 0.9)
         (logp * torch.arange(logp.numel()).view_as(logp).sin()).sum().backward()
         return logp.detach(), [p.grad.clone() for p in model.parameters()]
 
@@ -84,12 +87,68 @@ def test_chunks_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatc
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_mask_is_the_response_up_to_and_including_the_stop_token():
-    samples = [Sample("", "", [5, 6, 7], [8, 9, 1], "", 0, False, 0), Sample("", "", [5], [8, 9], "", 0, True, 0)]
-    tokens, attention, mask = collate(samples, pad_id=1, device="cpu")  # pad = eos = 1
-    assert tokens.tolist() == [[5, 6, 7, 8, 9, 1], [5, 8, 9, 1, 1, 1]]
-    assert attention.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
-    assert mask.tolist() == [[False, False, True, True, True], [True, True, False, False, False]]  # of tokens[:, 1:]
+def test_the_gradient_is_that_of_one_sequence_at_a_time(tiny):
+    """Through the shared prompt too: as if every response had been computed with a prompt of its own."""
+    model, tokenizer = tiny
+    samples = made_up_samples(tokenizer)
+    weight = lambda i, n: torch.arange(n).add(10 * i).sin()
+    grads = []
+    for packed_way in (True, False):
+        model.zero_grad()
+        if packed_way:
+            packed = pack(samples, "cpu")
+            logp, _ = token_logp(model, packed, 0.9)
+            sum((row[mask] * weight(i, int(mask.sum()))).sum() for i, (row, mask) in enumerate(zip(logp, packed.mask))).backward()
+        else:
+            for i, s in enumerate(samples):
+                (naive_logp(model, s, 0.9)[0] * weight(i, len(s.response))).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert ((grads[0] - grads[1]).norm() / grads[1].norm()).item() < 1e-5
+
+
+def test_packing_leaves_out_nothing_but_prompts_met_before_and_last_tokens():
+    samples = [Sample("", "", [5, 6, 7], [8, 9, 1], "", 0, False, 0), Sample("", "", [5], [8, 1], "", 0, False, 0),
+               Sample("", "", [5, 6, 7], [4], "", 0, True, 0)]
+    packed = pack(samples, "cpu")
+    assert packed.tokens.tolist() == [[5, 6, 7, 5, 8, 9, 8]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 1]]
+    assert packed.targets.tolist() == [8, 9, 1, 8, 1, 4]  # up to and including the stop token
+    assert packed.source.tolist() == [2, 4, 5, 3, 6, 2]
+    assert packed.mask.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    prompts, responses = packed.blocks
+    seen = lambda block, row, q: sorted(block.keys[row][block.visible[row, 0, q]].tolist())
+    assert [seen(prompts, 0, q) for q in range(3)] == [[0], [0, 1], [0, 1, 2]] and seen(prompts, 1, 0) == [3]
+    assert [seen(responses, 0, q) for q in range(2)] == [[0, 1, 2, 4], [0, 1, 2, 4, 5]] and seen(responses, 1, 0) == [3, 6]
+    assert responses.real.tolist() == [[True, True], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("family, window", [("Llama", None), ("Mistral", 5), ("Qwen3", None), ("GPT2", None)])
+def test_packed_attention_is_the_models_own(family, window):
+    """For other architectures, one of them with a sliding window, and with gradient checkpointing on."""
+    if family == "GPT2":
+        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    else:
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=64)
+        if family == "Mistral":
+            config.sliding_window = window
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    samples = made_up_samples(aspo.tiny_model()[1])
+    expected = [naive_logp(model, s, 1.0)[0] for s in samples]
+    assert aspo.probe(model) < 1e-4
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    packed = pack(samples, "cpu")
+    logp, _ = token_logp(model, packed, 1.0)
+    torch.testing.assert_close(logp[packed.mask], torch.cat(expected), atol=1e-4, rtol=0)
+    logp.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_stop_token_is_trained_when_pad_is_eos(tiny):
@@ -98,7 +157,7 @@ def test_stop_token_is_trained_when_pad_is_eos(tiny):
     s = Sample("", "", ids(tokenizer, "1+1="), [4, eos], "", 1.0, False, 0.0, 1.0, advantage=1.0)
     before = naive_logp(model, s, 1.0)[0][-1].item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run_update(model, optimizer, [s, copy.copy(s)], Config(group_size=2, minibatch=1, prompts=1, epochs=1, lr=0.1), pad_id=eos)
+    run_update(model, optimizer, [s, copy.copy(s)], Config(group_size=2, minibatch=1, prompts=1, epochs=1, lr=0.1))
     assert naive_logp(model, s, 1.0)[0][-1].item() > before + 0.01
 
 
@@ -225,8 +284,9 @@ def test_sampler_and_trainer_agree_on_the_policy(tiny, temperature):
     cfg = Config(data="arithmetic", instruction="", max_new_tokens=40, temperature=temperature, sample_rows=8)
     samples = roll_out(model, tokenizer, aspo.all_arithmetic_problems()[:6], 4, cfg)
     assert {len(s.response) for s in samples} != {40}
-    tokens, attention, mask = collate(samples, tokenizer.pad_token_id, "cpu")
-    logp, entropy = token_logp(model, tokens, attention, mask, temperature)
+    packed = pack(samples, "cpu")
+    logp, entropy = token_logp(model, packed, temperature)
+    mask = packed.mask
     for i, s in enumerate(samples):
         torch.testing.assert_close(s.sampler_logp, logp[i][mask[i]], rtol=0, atol=1e-4)
         assert s.entropy == pytest.approx(entropy[i][mask[i]].mean().item(), abs=1e-4)
@@ -278,10 +338,10 @@ def test_problem_stream_visits_everything_in_an_order_of_its_seed():
 # ---------------------------------------------------------------------------------------------------------- update
 
 
-def run_update(model, optimizer, samples, cfg, pad_id=0, reference=None):
+def run_update(model, optimizer, samples, cfg, reference=None):
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return update(model, reference, optimizer, schedule, scaler, samples, cfg, pad_id, contextlib.nullcontext)
+    return update(model, reference, optimizer, schedule, scaler, samples, cfg, contextlib.nullcontext)
 
 
 def step_taken(tiny, samples, reference=None, **knobs):
@@ -380,40 +440,27 @@ def test_kl_pulls_towards_the_reference(tiny):
 
 def test_micro_batches_keep_everything_within_the_budget():
     samples = made_up_samples(aspo.tiny_model()[1], groups=8)
-    width = lambda s: len(s.prompt) + len(s.response)
     batches = micro_batches(samples, 60)
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, samples))
-    assert all(len(b) * max(map(width, b)) <= 60 for b in batches) and len(batches) > 5
+    sizes = [pack(batch, "cpu").tokens.numel() for batch in batches]
+    assert max(sizes) <= 60 and len(batches) > 4
+    assert sum(sizes[:-1]) / len(sizes[:-1]) > 35  # and full: no sample has more than 22 tokens
     assert all(len(b) == 1 for b in micro_batches(samples, 1))
-
-
-def test_micro_batches_are_the_cheapest_cut():
-    """Against every way to cut eight sorted samples; a piece costs its padded tokens and MICRO_COST."""
-    rng = random.Random(0)
-    for budget in (300, 700, 2000):
-        samples = [Sample("", "", [5], [1] * rng.randrange(1, 400), "", 0, False, 0) for _ in range(8)]
-        sizes = sorted(1 + len(s.response) for s in samples)
-        cost = lambda pieces: sum(len(piece) * max(piece) + aspo.MICRO_COST for piece in pieces)
-        cuts = []
-        for where in itertools.product((False, True), repeat=7):
-            edges = [0, *(i + 1 for i, cut in enumerate(where) if cut), 8]
-            pieces = [sizes[a:b] for a, b in zip(edges, edges[1:])]
-            if all(len(piece) == 1 or len(piece) * max(piece) <= budget for piece in pieces):
-                cuts.append(cost(pieces))
-        found = [[1 + len(s.response) for s in batch] for batch in micro_batches(samples, budget)]
-        assert cost(found) == min(cuts)
+    assert micro_batches([], 60) == []
 
 
 def test_dropout_is_off(tmp_path):
-    """A model whose config asks for dropout must still give the same log-probabilities twice in train mode."""
-    model, tokenizer = aspo.tiny_model()
-    model.config.attention_dropout = 0.5
-    model.save_pretrained(tmp_path)
+    """A model whose config asks for dropout must still give the same log-probabilities twice in train mode. OPT has it both as
+    a module and as a number that its layers use."""
+    tokenizer = aspo.tiny_model()[1]
+    transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        dropout=0.5, attention_dropout=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = aspo.load_model(Config(model=str(tmp_path)))
     model.train()
-    batch = collate(made_up_samples(tokenizer), 0, "cpu")
-    torch.testing.assert_close(*(token_logp(model, *batch, 1.0)[0] for _ in range(2)), atol=0, rtol=0)
+    packed = pack(made_up_samples(tokenizer), "cpu")
+    torch.testing.assert_close(*(token_logp(model, packed, 1.0)[0] for _ in range(2)), atol=0, rtol=0)
 
 
 def test_stop_tokens_come_from_both_places(tiny):
