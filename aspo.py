@@ -54,6 +54,7 @@ import torch.distributed as dist
 import transformers.utils.logging
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, Cache,
@@ -885,7 +886,7 @@ class Block:
 
     queries: Tensor  # (rows, q) places in the packed row
     keys: Tensor  # (rows, k) places
-    real: Tensor  # (rows, q) bool, no padding
+    real: Tensor  # (n,) which of the rows x q queries are no padding
     visible: Tensor  # (rows, 1, q, k) bool
     query_positions: Tensor  # (rows, 1, q, 1) in their sequence
     key_positions: Tensor  # (rows, 1, 1, k)
@@ -893,7 +894,8 @@ class Block:
 
 @dataclass
 class Packed:
-    """Samples in one row of N tokens: each different prompt once, however many responses it has, then the responses."""
+    """Samples in one row of N tokens: each different prompt once, however many responses it has, then the responses without
+    their last tokens, which are predicted but predict nothing. Prompt ab with responses xyz and uv is the row a b x y u."""
 
     tokens: Tensor  # (1, N)
     positions: Tensor  # (1, N)
@@ -904,10 +906,8 @@ class Packed:
 
 
 def pack(samples: list[Sample], device) -> Packed:
-    """Lay samples out for `token_logp`. A last token is only predicted, so it is a target and no input.
-
-    What is trained comes from lengths, not from `token == pad`: where pad is eos that would leave out the stop token.
-    """
+    """Lay samples out for `token_logp`. What is trained comes from lengths, not from `token == pad`: where pad is eos that
+    would leave out the stop token."""
     prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(s.prompt) for s in samples))}
     owner = torch.tensor([prompts[tuple(s.prompt)] for s in samples])  # (B,)
     rows = [*prompts, *(s.response[:-1] for s in samples)]  # Q prompts, B responses
@@ -925,7 +925,7 @@ def pack(samples: list[Sample], device) -> Packed:
         keys, there, at = (x[which, :width] if before is None else torch.cat([x[before, :longest], x[which, :width]], 1)
                            for x in (place, real, position))
         now, at, there = position[which, None, :width, None], at[:, None, None], there[:, None, None]
-        parts = place[which, :width], keys, real[which, :width], there & (at <= now), now, at
+        parts = place[which, :width], keys, real[which, :width].flatten().nonzero()[:, 0], there & (at <= now), now, at
         return Block(*(part.to(device) for part in parts))
 
     blocks = [block(torch.arange(n_prompts)), *(block(which + n_prompts, owner[which])
@@ -957,8 +957,8 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
         visible = block.visible
         if sliding_window:
             visible = visible & (block.query_positions - block.key_positions < sliding_window)
-        result = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
-        results.append(result.transpose(1, 2)[block.real])
+        result = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+        results.append(result.transpose(1, 2).flatten(0, 1).index_select(0, block.real))
     return torch.cat(results)[None], None
 
 
@@ -981,11 +981,14 @@ def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tenso
                               blocks=packed.blocks).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
 
     def of_chunk(h: Tensor, target: Tensor):
-        logits = logits_of(model, h).float() / temperature
-        log_z = logits.logsumexp(-1)
-        with torch.no_grad():
-            entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
-        return logits.gather(-1, target[:, None])[:, 0] - log_z, entropy
+        logits = logits_of(model, h).float()
+        if temperature != 1:
+            logits = logits / temperature
+        logp = -cross_entropy(logits, target, reduction="none")
+        with torch.no_grad():  # last, since the recomputation ends with what the backward pass needs
+            log_z = logits.gather(-1, target[:, None])[:, 0] - logp
+            entropy = log_z - torch.linalg.vecdot((logits - log_z[:, None]).exp_(), logits)
+        return logp, entropy
 
     chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
     parts = [checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), packed.targets.split(chunk))]
@@ -1517,7 +1520,7 @@ def train(cfg: Config, stop: Stop | None = None) -> dict:
         shard(model)
     if cfg.rehearse or (cfg.rehearse is None and device.type == "cuda"):
         rehearse(model, decoder, tokenizer, longest, cfg, autocast)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = get_constant_schedule_with_warmup(optimizer, cfg.lr_warmup)
     stream, said, skipped = ProblemStream(train_problems, cfg.seed), set(), 0
     if checkpoint:
