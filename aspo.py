@@ -966,10 +966,6 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def logits_of(model, hidden: Tensor) -> Tensor:
-    return model.get_output_embeddings()(hidden)
-
-
 def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats) at this temperature of every response token, (B, T) fp32, 0 outside the mask.
 
@@ -981,7 +977,7 @@ def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tenso
                               blocks=packed.blocks).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
 
     def of_chunk(h: Tensor, target: Tensor):
-        logits = logits_of(model, h).float()
+        logits = model.get_output_embeddings()(h).float()
         if temperature != 1:
             logits = logits / temperature
         logp = -cross_entropy(logits, target, reduction="none")
