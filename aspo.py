@@ -944,8 +944,12 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
                      sliding_window=None, blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
     """What transformers calls in every layer: queries (1, heads, N, D) of a packed row -> (1, N, heads, D).
 
-    Without blocks, as when sampling, it is transformers' own.
+    Without blocks it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts, for which it is transformers' own.
     """
+    if blocks is None and query.shape[2] == 1:
+        # the queries that share a key head become its rows: transformers would copy keys and values for each of them
+        shared = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # (B, key heads, queries of each, D)
+        return scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling).flatten(1, 2)[:, None], None
     if blocks is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
                                                sliding_window=sliding_window, **kwargs)

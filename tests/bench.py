@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=96, help="the longest prompt's; the others have down to half of it")
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--micro_tokens", type=int, default=2048)
+    parser.add_argument("--micro_tokens", type=int, default=2048, help="at a time; ours takes half, which packed is about as many samples")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", action="store_true", help="a whole step beside TRL's instead")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one side once, in its own process, for its peak memory
@@ -73,7 +73,7 @@ class Bench:
         self.autocast = lambda: torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)
         self.prompts, self.stops = random_prompts(self.model, args), stop_ids(self.model, args.new_tokens)
         self.cfg = aspo.Config(prompts=args.prompts, minibatch=args.prompts, group_size=args.group, epochs=1,
-                               max_new_tokens=args.new_tokens, micro_tokens=args.micro_tokens)
+                               max_new_tokens=args.new_tokens, micro_tokens=args.micro_tokens // 2)
         self.half = None
 
     def sampler(self):
@@ -123,7 +123,7 @@ class Bench:
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         norm = sum(len(s.response) for s in samples)
-        rows = max(1, self.cfg.micro_tokens // max(len(s.prompt) + len(s.response) for s in samples))
+        rows = max(1, self.args.micro_tokens // max(len(s.prompt) + len(s.response) for s in samples))
         for micro in (samples[i:i + rows] for i in range(0, len(samples), rows)):
             right_pad = lambda rows: torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(self.device)
             tokens = right_pad([s.prompt + s.response for s in micro])
