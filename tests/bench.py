@@ -2,7 +2,7 @@
 
     python tests/bench.py                               # the tiny model
     python tests/bench.py --model DIR                   # a local model, such as a pretrained one of 135 M parameters
-    python tests/bench.py --model DIR --prompt_tokens 700 --prompts 2
+    python tests/bench.py --model DIR --prompt_tokens 1400 --prompts 1 --new_tokens 64   # one prompt of 700 tokens
     python tests/bench.py --model DIR --trl             # a whole step beside TRL's GRPOTrainer; needs pip install trl accelerate
     python tests/bench.py --model random-0.5b --prompts 32 --group 16 --prompt_tokens 256 --new_tokens 1024   # on a GPU
 
