@@ -73,6 +73,7 @@ class UserError(Exception):
 
 
 def knob(default, help: str, **argparse_options):
+    """A field of Config with its line of --help; argparse_options are those of add_argument."""
     return field(default=default, metadata={"help": help, **argparse_options})
 
 
@@ -179,6 +180,8 @@ def check(cfg: Config) -> None:
                  "lr_warmup", "sft_steps", "sft_slip", "eval_every", "save_every"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
+    if cfg.sft_slip > 1:
+        raise UserError(f"--sft_slip is a share and must be at most 1, got {cfg.sft_slip}")
     if cfg.loss not in WEIGHTS:
         raise UserError(f"unknown loss {cfg.loss!r}; choose from {', '.join(WEIGHTS)}")
     if cfg.group_size < 2:
@@ -199,10 +202,12 @@ def check(cfg: Config) -> None:
 
 
 def rank() -> int:
+    """This process's number, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -233,12 +238,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def say(text: str) -> None:
+    """Print on the first process, without breaking a progress bar."""
     if rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def progress(total: int, what: str) -> tqdm:
+    """A bar that leaves no line behind; only the first process shows it."""
     return tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=rank() > 0)
 
 
@@ -333,6 +340,7 @@ def load_problems(cfg: Config) -> tuple[list[dict], list[dict]]:
 
 
 def load_hub_problems(name: str) -> tuple[list[dict], list[dict]]:
+    """Problems of the train and test splits of a name in HUB_DATA or a hub id; raises UserError."""
     from datasets import load_dataset  # a second of import time that offline runs need not pay
 
     hub_id, config, read = HUB_DATA.get(name, (name, None, _any_columns))
@@ -390,7 +398,7 @@ def tiny_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.04,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
-    model.set_attn_implementation("packed")
+    model.set_attn_implementation("packed")  # see packed_attention
     return model, tokenizer
 
 
@@ -739,10 +747,12 @@ def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Confi
 
 
 def is_uniform(group: list[Sample]) -> bool:
+    """Whether all rewards are equal, so that nothing can be learned from the group."""
     return len({s.reward for s in group}) == 1
 
 
 def groups_of(samples: list[Sample], size: int) -> list[list[Sample]]:
+    """Cut a rollout into parts of size samples: its groups, or its mini-batches."""
     return [samples[i:i + size] for i in range(0, len(samples), size)]
 
 
@@ -916,11 +926,12 @@ def pack(samples: list[Sample], device) -> Packed:
     real = column < lengths[:, None]  # (Q + B, W)
     place = torch.zeros(real.shape, dtype=torch.long)
     place[real] = torch.arange(int(real.sum()))
-    begin = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[owner]])
+    begin = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[owner]])  # a response goes on after its prompt
     position = (begin[:, None] + column).masked_fill(~real, 0)
     longest = int(lengths[:n_prompts].max())
 
     def block(which: Tensor, before: Tensor | None = None) -> Block:
+        """Rows `which`, each looking at itself and, if it is a response, at the prompt `before` it."""
         width = int(lengths[which].max())
         keys, there, at = (x[which, :width] if before is None else torch.cat([x[before, :longest], x[which, :width]], 1)
                            for x in (place, real, position))
@@ -947,9 +958,10 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     Without blocks it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts, for which it is transformers' own.
     """
     if blocks is None and query.shape[2] == 1:
-        # the queries that share a key head become its rows: transformers would copy keys and values for each of them
-        shared = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # (B, key heads, queries of each, D)
-        return scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling).flatten(1, 2)[:, None], None
+        # query heads that share a key head become its rows: transformers would copy keys and values for each of them
+        shared = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # (B, key heads, query heads of each, D)
+        result = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
+        return result.flatten(1, 2)[:, None], None
     if blocks is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
                                                sliding_window=sliding_window, **kwargs)

@@ -228,6 +228,7 @@ def evaluate(name: str, benches: dict[str, list[dict]], out: Path, args) -> dict
 
 
 def report(name: str, benches, out: Path, args) -> None:
+    """Print results.json as a table."""
     results = json.loads((out / "results.json").read_text())
     print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in results["settings"].items() if key != "model"))
     for bench in benches:
@@ -243,6 +244,7 @@ def report(name: str, benches, out: Path, args) -> None:
 
 
 def main_evaluate(argv: list[str]) -> None:
+    """python eval.py MODEL_OR_RUN; raises UserError on bad input."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python eval.py --help"))
     parser.add_argument("first", metavar="MODEL_OR_RUN", help="a run folder, an alias, a hub id or a model folder")
@@ -334,6 +336,7 @@ def series(runs: list[list[dict]], key: str) -> list[tuple[int, list[float]]]:
 
 
 def figure(draw, path: str, columns: int, rows: int, size: tuple[float, float]) -> None:
+    """Save what draw(axes) paints on columns x rows panels, size in inches; raises UserError if that cannot be done."""
     try:
         import matplotlib
     except ImportError:
@@ -353,6 +356,7 @@ def figure(draw, path: str, columns: int, rows: int, size: tuple[float, float]) 
 
 
 def main_compare(argv: list[str]) -> None:
+    """python eval.py compare RUN ...; raises UserError on bad input."""
     parser = argparse.ArgumentParser(prog="eval.py compare", description="Training curves of runs, by loss, over seeds.")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python eval.py compare --help"))
     parser.add_argument("runs", nargs="+", help="run folders")
@@ -395,6 +399,7 @@ def main_compare(argv: list[str]) -> None:
 
 
 def last(rows: list[dict], key: str, n: int) -> float | None:
+    """Mean of a metric over the last n steps that have it; None if none has."""
     values = [row[key] for row in rows if row.get(key) is not None][-n:]
     return statistics.mean(values) if values else None
 
@@ -412,6 +417,7 @@ def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 
 def main_weights(argv: list[str]) -> None:
+    """python eval.py weights; raises UserError on bad input."""
     parser = argparse.ArgumentParser(prog="eval.py weights", description="Every method's weight against the importance ratio.")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see python eval.py weights --help"))
     parser.add_argument("--out", default="weights.png", help="picture, .png, .svg or .pdf")
@@ -436,6 +442,7 @@ def main_weights(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 after bad input."""
     argv = sys.argv[1:] if argv is None else argv
     command = {"compare": main_compare, "weights": main_weights}.get(argv[0] if argv else "")
     try:

@@ -445,22 +445,31 @@ def test_micro_batches_keep_everything_within_the_budget():
     sizes = [pack(batch, "cpu").tokens.numel() for batch in batches]
     assert max(sizes) <= 60 and len(batches) > 4
     assert sum(sizes[:-1]) / len(sizes[:-1]) > 35  # and full: no sample has more than 22 tokens
+    lengths = [[len(s.response) for s in batch] for batch in batches]
+    assert all(row == sorted(row) for row in lengths) and any(len(set(row)) > 1 for row in lengths)
     assert all(len(b) == 1 for b in micro_batches(samples, 1))
     assert micro_batches([], 60) == []
 
 
-def test_dropout_is_off(tmp_path):
-    """A model whose config asks for dropout must still give the same log-probabilities twice in train mode. OPT has it both as
-    a module and as a number that its layers use."""
+DROPOUT = {
+    "OPT": dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.5),  # a number
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5),  # modules
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_is_off(family, tmp_path):
+    """A model whose config asks for dropout must still give the same log-probabilities twice in train mode."""
     tokenizer = aspo.tiny_model()[1]
-    transformers.OPTForCausalLM(transformers.OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        dropout=0.5, attention_dropout=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model, tokenizer = aspo.load_model(Config(model=str(tmp_path)))
-    model.train()
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=1,
+                                                      **DROPOUT[family])
     packed = pack(made_up_samples(tokenizer), "cpu")
-    torch.testing.assert_close(*(token_logp(model, packed, 1.0)[0] for _ in range(2)), atol=0, rtol=0)
+    twice = lambda model: [token_logp(model, packed, 1.0)[0] for _ in range(2)]
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert not torch.equal(*twice(model.train()))  # as it comes
+    torch.testing.assert_close(*twice(aspo.load_model(Config(model=str(tmp_path)))[0].train()), atol=0, rtol=0)
 
 
 def test_stop_tokens_come_from_both_places(tiny):
@@ -475,12 +484,17 @@ def test_prompts_use_the_chat_template_and_the_instruction(tiny):
     assert tokenizer.decode(encode(tokenizer, "1+2", Config(instruction="3"))) == "1+2\n3="
 
 
-def test_demonstrations_work_in_steps_and_sometimes_slip():
+def test_demonstrations_work_in_steps_and_sometimes_slip(monkeypatch):
     rng = random.Random(0)
     demos = [aspo.sloppy_demonstration("3+1+5+2", rng, slip=0.25) for _ in range(400)]
     assert all(d.count("=") == 2 and d.split("=")[0].count("+") == 2 for d in demos)
     right = sum(d.endswith("\n#### 11") for d in demos) / 400
     assert 0.34 < right < 0.50  # three additions, all without a slip: .75 ** 3 = .42, four standard errors around it
+    seen = []
+    monkeypatch.setattr(aspo, "sloppy_demonstration", lambda problem, rng, slip: seen.append(slip) or "1+1=2")
+    aspo.sft_warmup(*aspo.tiny_model(), [{"problem": "1+1", "answer": "2"}], Config(sft_steps=1, sft_slip=0.4))
+    assert set(seen) == {0.4}
+    monkeypatch.undo()
     assert {aspo.sloppy_demonstration("3+1+5", rng, slip=0) for _ in range(50)} == {"4+5=9\n#### 9", "3+6=9\n#### 9"}
 
 

@@ -136,6 +136,8 @@ BAD = {
     "negative size": (["--prompts", "-4"], "--prompts must be positive"),
     "zero tokens": (["--max_new_tokens", "0"], "--max_new_tokens must be positive"),
     "not a number at all": (["--lr", "nan"], "--lr must be positive"),
+    "negative share": (["--sft_slip", "-0.1"], "--sft_slip must not be negative"),
+    "more than all": (["--sft_slip", "1.5"], "--sft_slip is a share"),
     "uneven mini-batches": (["--prompts", "10", "--minibatch", "4"], "must divide"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
     "missing model": (["--model", "./no/such/model"], "--model ./no/such/model"),
