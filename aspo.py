@@ -515,8 +515,10 @@ def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor
             ranked, order = probs.sort(-1, descending=True)
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
-        # p / Exp(1) is largest at i with probability p_i; multinomial does the same but makes a GPU wait for its checks
-        token = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+        # the token at which the running sum passes a uniform number: one a row, where multinomial draws one a token. In
+        # double, so that rounding never lets a token of probability 0 through
+        cdf = probs.cumsum(-1, dtype=torch.double)
+        token = torch.searchsorted(cdf, (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:])[:, 0]  # 1 - [0, 1) is never 0
     return token, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
@@ -887,19 +889,27 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 # prompt once and nothing padded; only attention has to know which tokens belong together.
 
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
-BLOCK = 16  # responses of similar length that attention takes side by side, padded to the longest
+SPREAD = 1.25  # attention takes rows side by side whose lengths differ by less than this factor, padded to the longest
 
 
 @dataclass
 class Block:
-    """A part of attention: which tokens of a packed row look at which others. Padding stands for the row's token 0."""
+    """A part of attention: rows of similar length, each a prompt, or a response that also looks at its prompt."""
 
-    queries: Tensor  # (rows, q) places in the packed row
-    keys: Tensor  # (rows, k) places
-    real: Tensor  # (n,) which of the rows x q queries are no padding
     visible: Tensor  # (rows, 1, q, k) bool
     query_positions: Tensor  # (rows, 1, q, 1) in their sequence
     key_positions: Tensor  # (rows, 1, 1, k)
+    biases: dict = field(default_factory=dict)
+
+    def bias(self, heads: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of `heads` query heads at a time, (rows, 1, heads * q, k): 0 or -inf. Made once for
+        all layers, since autograd keeps it."""
+        if (heads, window, dtype) not in self.biases:
+            visible = self.visible & (self.query_positions - self.key_positions < window) if window else self.visible
+            rows, _, q, k = visible.shape
+            bias = visible.new_full((rows, 1, heads * q, -(-k // 16) * 16), -math.inf, dtype=dtype)[..., :k]  # as GPUs want it
+            self.biases[heads, window, dtype] = bias.masked_fill_(visible.repeat(1, 1, heads, 1), 0.0)
+        return self.biases[heads, window, dtype]
 
 
 @dataclass
@@ -907,12 +917,15 @@ class Packed:
     """Samples in one row of N tokens: each different prompt once, however many responses it has, then the responses without
     their last tokens, which are predicted but predict nothing. Prompt ab with responses xyz and uv is the row a b x y u."""
 
+    blocks: list[Block]
     tokens: Tensor  # (1, N)
     positions: Tensor  # (1, N)
-    blocks: list[Block]
     source: Tensor  # (M,) the place whose hidden state predicts each of the M response tokens
     targets: Tensor  # (M,) these tokens
     mask: Tensor  # (B, T) bool: where they stand in the padded responses
+    queries: Tensor  # places of the blocks' queries, one block after the other; padding stands for token 0
+    keys: Tensor  # places of the blocks' keys
+    back: Tensor  # (N,) where among the queries each token is
 
 
 def pack(samples: list[Sample], device) -> Packed:
@@ -928,54 +941,58 @@ def pack(samples: list[Sample], device) -> Packed:
     place[real] = torch.arange(int(real.sum()))
     begin = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[owner]])  # a response goes on after its prompt
     position = (begin[:, None] + column).masked_fill(~real, 0)
-    longest = int(lengths[:n_prompts].max())
 
-    def block(which: Tensor, before: Tensor | None = None) -> Block:
-        """Rows `which`, each looking at itself and, if it is a response, at the prompt `before` it."""
-        width = int(lengths[which].max())
-        keys, there, at = (x[which, :width] if before is None else torch.cat([x[before, :longest], x[which, :width]], 1)
-                           for x in (place, real, position))
-        now, at, there = position[which, None, :width, None], at[:, None, None], there[:, None, None]
-        parts = place[which, :width], keys, real[which, :width].flatten().nonzero()[:, 0], there & (at <= now), now, at
-        return Block(*(part.to(device) for part in parts))
+    size = (lengths.log() / math.log(SPREAD)).floor()  # -inf where nothing is left of a response
+    size[n_prompts:] += 1000  # keeps prompts and responses apart
+    blocks, queries, keys, is_real, tables = [], [], [], [], (place, position, real)
+    for which in ((size == each).nonzero()[:, 0] for each in size[lengths > 0].unique()):
+        own = looked_at = [table[which, :int(lengths[which].max())] for table in tables]
+        if which[0] >= n_prompts:
+            before = owner[which - n_prompts]
+            looked_at = [torch.cat([table[before, :int(lengths[before].max())], part], 1) for table, part in zip(tables, own)]
+        now, at, there = own[1][:, None, :, None], looked_at[1][:, None, None], looked_at[2][:, None, None]
+        blocks.append(Block(*(part.to(device) for part in (there & (at <= now), now, at))))
+        queries, is_real, keys = [*queries, own[0].flatten()], [*is_real, own[2].flatten()], [*keys, looked_at[0].flatten()]
+    queries, is_real = torch.cat(queries), torch.cat(is_real)
+    back = torch.empty(int(real.sum()), dtype=torch.long)
+    back[queries[is_real]] = is_real.nonzero()[:, 0]
 
-    blocks = [block(torch.arange(n_prompts)), *(block(which + n_prompts, owner[which])
-                                                for which in torch.arange(len(samples)).split(BLOCK))]
     ends = place[owner, lengths[owner] - 1]  # each sample's last prompt token predicts its first response token
     mask = torch.arange(len(column) + 1) < torch.tensor([[len(s.response)] for s in samples])
     mask = mask[:, :max(1, int(mask.sum(1).max()))]
     source = torch.cat([ends[:, None], place[n_prompts:]], 1)[:, :mask.shape[1]][mask]
     tokens, targets = (torch.tensor(list(itertools.chain(*parts)), dtype=torch.long)
                        for parts in (rows, (s.response for s in samples)))
-    return Packed(tokens[None].to(device), position[real][None].to(device), blocks, source.to(device), targets.to(device),
-                  mask.to(device))
+    parts = tokens[None], position[real][None], source, targets, mask, queries, torch.cat(keys), back
+    return Packed(blocks, *(part.to(device) for part in parts))
 
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling=None,
-                     sliding_window=None, blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
+                     sliding_window=None, packed: Packed | None = None, **kwargs) -> tuple[Tensor, None]:
     """What transformers calls in every layer: queries (1, heads, N, D) of a packed row -> (1, N, heads, D).
 
-    Without blocks it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts, for which it is transformers' own.
+    Without `packed` it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts, for which it is transformers' own.
+    Query heads that share a key head become its rows: transformers would copy keys and values for each of them.
     """
-    if blocks is None and query.shape[2] == 1:
-        # query heads that share a key head become its rows: transformers would copy keys and values for each of them
+    if packed is None and query.shape[2] == 1:
         shared = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # (B, key heads, query heads of each, D)
         result = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
         return result.flatten(1, 2)[:, None], None
-    if blocks is None:
+    if packed is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
                                                sliding_window=sliding_window, **kwargs)
+    shapes = [block.visible.shape for block in packed.blocks]
+    q_parts, k_parts, v_parts = (
+        x[0].transpose(0, 1).index_select(0, places).split([shape[0] * shape[i] for shape in shapes])  # (rows * q or k, heads, D)
+        for x, places, i in ((query, packed.queries, 2), (key, packed.keys, 3), (value, packed.keys, 3)))
     results = []
-    for block in blocks:
-        q, k, v = (x[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)  # (rows, heads, q or k, D)
-                   for x, places in ((query, block.queries), (key, block.keys), (value, block.keys)))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        visible = block.visible
-        if sliding_window:
-            visible = visible & (block.query_positions - block.key_positions < sliding_window)
-        result = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
-        results.append(result.transpose(1, 2).flatten(0, 1).index_select(0, block.real))
-    return torch.cat(results)[None], None
+    for block, *parts in zip(packed.blocks, q_parts, k_parts, v_parts):
+        q, k, v = (x.unflatten(0, (len(block.visible), -1)).transpose(1, 2) for x in parts)  # (rows, heads, q or k, D)
+        shared = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (rows, key heads, query heads of each * q, D)
+        bias = block.bias(q.shape[1] // k.shape[1], sliding_window, v.dtype)  # autocast has left q and k in fp32
+        result = scaled_dot_product_attention(shared, k, v, attn_mask=bias, scale=scaling)
+        results.append(result.view(q.shape).transpose(1, 2).flatten(0, 1))
+    return torch.cat(results).index_select(0, packed.back)[None], None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -990,7 +1007,7 @@ def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tenso
     """
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.tokens.device)  # else transformers makes an (N, N) mask
     hidden = model.base_model(packed.tokens, attention_mask=unused, position_ids=packed.positions, use_cache=False,
-                              blocks=packed.blocks).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
+                              packed=packed).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
 
     def of_chunk(h: Tensor, target: Tensor):
         logits = model.get_output_embeddings()(h).float()
@@ -1010,7 +1027,7 @@ def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tenso
 
 
 def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Cut samples into batches of at most max_tokens when packed (a longer one goes alone), each sorted by length.
+    """Cut samples into batches of at most max_tokens when packed; a longer one goes alone.
 
     A prompt is computed once a batch, so the samples of a group should come side by side.
     """
@@ -1022,7 +1039,7 @@ def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
             need, room = len(s.prompt) + len(s.response), max_tokens
         batches[-1].append(s)
         room -= need
-    return [sorted(batch, key=lambda s: len(s.response)) for batch in batches]
+    return batches
 
 
 def batch_logp(model, samples: list[Sample], cfg: Config, autocast) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     python tests/bench.py                               # the tiny model
     python tests/bench.py --model DIR                   # a local model, such as a pretrained one of 135 M parameters
-    python tests/bench.py --model DIR --prompt_tokens 1400 --prompts 1 --new_tokens 64   # one prompt of 700 tokens
+    python tests/bench.py --model DIR --prompt_tokens 700   # long prompts
     python tests/bench.py --model DIR --trl             # a whole step beside TRL's GRPOTrainer; needs pip install trl accelerate
     python tests/bench.py --model random-0.5b --prompts 32 --group 16 --prompt_tokens 256 --new_tokens 1024   # on a GPU
 
@@ -10,7 +10,9 @@ Both sides take turns, `--rounds` times each, and the ratio is that of the media
 mean little. Memory is the peak above the loaded model, each in a process of its own.
 """
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,9 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help=f"tiny, a folder, {', '.join(RANDOM)}")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompt_tokens", type=int, default=96, help="the longest prompt's; the others have down to half of it")
+    parser.add_argument("--prompt_tokens", type=int, default=96, help="on average; prompts have from 3/4 to 5/4 of it")
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--micro_tokens", type=int, default=2048, help="at a time; ours takes half, which packed is about as many samples")
+    parser.add_argument("--micro_tokens", type=int, default=2048, help="of the baseline's micro-batches; ours are as many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", action="store_true", help="a whole step beside TRL's instead")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one side once, in its own process, for its peak memory
@@ -61,7 +63,7 @@ def stop_ids(model, new_tokens: int) -> list[int]:
 
 def random_prompts(model, args) -> list[list[int]]:
     generator = torch.Generator().manual_seed(2)
-    lengths = torch.linspace(args.prompt_tokens / 2, args.prompt_tokens, args.prompts).int().tolist()
+    lengths = [int(args.prompt_tokens * (0.75 + (i + 0.5) / args.prompts / 2)) for i in range(args.prompts)]
     return [torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -73,7 +75,10 @@ class Bench:
         self.autocast = lambda: torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)
         self.prompts, self.stops = random_prompts(self.model, args), stop_ids(self.model, args.new_tokens)
         self.cfg = aspo.Config(prompts=args.prompts, minibatch=args.prompts, group_size=args.group, epochs=1,
-                               max_new_tokens=args.new_tokens, micro_tokens=args.micro_tokens // 2)
+                               max_new_tokens=args.new_tokens)
+        # both sides cut the rollout into as many micro-batches: ours have fewer tokens, since a prompt counts once
+        passes, samples = len(self.padded_micros()), self.samples()
+        self.cfg.micro_tokens = next(n for n in itertools.count(64, 8) if len(aspo.micro_batches(samples, n)) <= passes)
         self.half = None
 
     def sampler(self):
@@ -117,14 +122,19 @@ class Bench:
         aspo.accumulate(self.model, None, scaler, samples, norm, self.cfg, self.autocast)
         return norm
 
-    def theirs_update(self) -> int:
-        """Micro-batches in the order of sampling with the rows that fit at full width, logits of every position."""
+    def padded_micros(self) -> list[list]:
+        """Micro-batches in the order of sampling, of the rows that fit at full width."""
         samples = self.samples()
+        rows = max(1, self.args.micro_tokens // max(len(s.prompt) + len(s.response) for s in samples))
+        return aspo.groups_of(samples, rows)
+
+    def theirs_update(self) -> int:
+        """Right-padded rows, logits of every position."""
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-        norm = sum(len(s.response) for s in samples)
-        rows = max(1, self.args.micro_tokens // max(len(s.prompt) + len(s.response) for s in samples))
-        for micro in (samples[i:i + rows] for i in range(0, len(samples), rows)):
+        micros = self.padded_micros()
+        norm = sum(len(s.response) for micro in micros for s in micro)
+        for micro in micros:
             right_pad = lambda rows: torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(self.device)
             tokens = right_pad([s.prompt + s.response for s in micro])
             attention = right_pad([[1] * len(s.prompt + s.response) for s in micro])
@@ -142,14 +152,25 @@ class Bench:
     def gradient(self) -> torch.Tensor:
         return torch.cat([p.grad.flatten() for p in self.model.parameters()])
 
-    def shares(self) -> tuple[float, float]:
-        """Tokens that our update computes, as a share of those of all prompts and responses; and padding in attention's rows."""
-        samples = self.samples()
+    def shares(self) -> tuple[float, float, float]:
+        """Tokens that our update computes, as a share of those of all prompts and responses; padding as a share of
+        attention's queries, and of all multiplications of a forward pass."""
+        samples, config = self.samples(), self.model.config
         packs = [aspo.pack(micro, "cpu") for micro in aspo.micro_batches(samples, self.cfg.micro_tokens)]
-        blocks = [block for packed in packs for block in packed.blocks]
-        computed = sum(packed.tokens.numel() for packed in packs)
-        return computed / sum(len(s.prompt) + len(s.response) for s in samples), 1 - sum(block.real.numel() for block in blocks) / sum(
-            block.queries.numel() for block in blocks)
+        tokens, predicted = (sum(getattr(packed, name).numel() for packed in packs) for name in ("tokens", "targets"))
+        queries = real_queries = scores = real_scores = 0
+        for packed in packs:
+            real = torch.zeros(len(packed.queries), dtype=torch.bool)
+            real[packed.back] = True
+            for block, part in zip(packed.blocks, real.split([len(b.visible) * b.visible.shape[2] for b in packed.blocks])):
+                rows, columns = part.view(len(block.visible), -1).sum(1), block.visible.any(2).sum(-1)[:, 0]
+                queries, real_queries = queries + len(part), real_queries + int(rows.sum())
+                scores, real_scores = scores + block.visible.numel(), real_scores + int((rows * columns).sum())
+        head = config.vocab_size * config.hidden_size
+        each = 2 * config.hidden_size * config.num_hidden_layers  # of a score: q . k, and p v
+        dense = tokens * (sum(p.numel() for p in self.model.base_model.parameters()) - head) + predicted * head
+        return (tokens / sum(len(s.prompt) + len(s.response) for s in samples), 1 - real_queries / queries,
+                each * (scores - real_scores) / (dense + each * scores))
 
 
 QUESTIONS = [f"A shop sells {a} red and {b} blue balls a day. How many balls does it sell in {c} days?"
@@ -230,7 +251,9 @@ def resident(what: str = "VmRSS:") -> int:
 def peak_of(side: str, args) -> float:
     """GiB above the loaded model."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode().splitlines()[-1])
+    unspent = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # lest glibc's malloc hold back what it was given back, which then counts
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE,
+                                     env=os.environ | unspent).stdout.decode().splitlines()[-1])
 
 
 def main() -> None:
@@ -261,15 +284,15 @@ def main() -> None:
         return
     where = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     parameters = sum(p.numel() for p in bench.model.parameters()) / 1e6
-    print(f"{args.model}: {parameters:.1f} M parameters, {where}; {args.prompts} prompts of {args.prompt_tokens // 2} to "
+    print(f"{args.model}: {parameters:.1f} M parameters, {where}; {args.prompts} prompts of about "
           f"{args.prompt_tokens} tokens x {args.group} samples of up to {args.new_tokens}; {args.rounds} rounds")
     bench.ours_update()
     ours = bench.gradient()
     bench.theirs_update()
     theirs = bench.gradient()
-    computed, padding = bench.shares()
-    print(f"gradients agree to {((ours - theirs).norm() / theirs.norm()).item():.1e}; our update computes {computed:.0%} of the tokens, "
-          f"without padding but for {padding:.1%} of attention's queries")
+    computed, padding, waste = bench.shares()
+    print(f"gradients agree to {((ours - theirs).norm() / theirs.norm()).item():.1e}; our update computes {computed:.0%} of the tokens; "
+          f"padding is {padding:.0%} of attention's queries, {waste:.1%} of all multiplications")
     del ours, theirs
     bench.model.zero_grad(set_to_none=True)
     print("| | ours | baseline | ours / baseline | smallest and largest ratio of a round |\n|---|---|---|---|---|")

@@ -43,14 +43,15 @@ def needed(shape: Shape, cfg: aspo.Config, prompt_tokens: int, half: bool = True
     # a group's prompt is computed once, but attention gives each of its responses the prompt's keys and values
     keys = (prompt_tokens + cfg.group_size * context) / (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
     # what autograd keeps of a layer per token: inputs, normalised inputs and outputs of two norms (3 each), queries, attention's
-    # output twice, repeated keys and values; in the MLP the gate before and after its activation, the other half, the product
-    inside = (9 + 2 * keys) * shape.hidden + 4 * shape.mlp
+    # output twice, keys and values; in the MLP the gate before and after its activation, the other half, the product
+    inside = 9 * shape.hidden + 2 * keys * shape.kv_width + 4 * shape.mlp
     kept = shape.hidden * 4 * shape.layers + inside * element if cfg.gradient_checkpointing else inside * element * shape.layers
+    mask = context * shape.hidden / shape.kv_width * element  # a line for each of the query heads that share a key head
     return {
         "weights, gradients, moments": 16 * shape.parameters() / processes,
         "half-precision copies": (2 if cfg.gradient_checkpointing else 4) * shape.parameters() * half,
         "key/value cache": 2 * shape.layers * shape.kv_width * element * cfg.sample_rows * context * half,
-        "activations": kept * tokens,
+        "activations": (kept + mask) * tokens,
         "logits": 4 * 4 * aspo.CHUNK_LOGITS,
     }
 
