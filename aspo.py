@@ -516,9 +516,10 @@ def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
         # the token at which the running sum passes a uniform number: one a row, where multinomial draws one a token. In
-        # double, so that rounding never lets a token of probability 0 through
+        # double, so that rounding never lets a token of probability 0 through; 1 - [0, 1) is never 0
         cdf = probs.cumsum(-1, dtype=torch.double)
-        token = torch.searchsorted(cdf, (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:])[:, 0]  # 1 - [0, 1) is never 0
+        token = torch.searchsorted(cdf, (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:])[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)  # NaN is found beyond the end
     return token, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
