@@ -129,7 +129,7 @@ def test_packing_leaves_out_nothing_but_prompts_met_before_and_last_tokens():
     assert packed.queries[packed.back].tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("family, window", [("Llama", None), ("Mistral", 5), ("Qwen3", None), ("Qwen3", 5), ("GPT2", None)])
+@pytest.mark.parametrize("family, window", [("Llama", None), ("Mistral", 5), ("Qwen3", None), ("Gemma3Text", 5), ("GPT2", None)])
 def test_packed_attention_is_the_models_own(family, window):
     """For other architectures, with sliding windows in all layers or in some, and with gradient checkpointing on."""
     if family == "GPT2":
@@ -140,8 +140,8 @@ def test_packed_attention_is_the_models_own(family, window):
             head_dim=8, max_position_embeddings=64)
         if window:
             config.sliding_window = window
-        if family == "Qwen3" and window:  # of both kinds
-            config.layer_types = ["sliding_attention", "full_attention"]
+        if family == "Gemma3Text":  # both kinds of layers, and scores that are not divided by the root of the head size
+            config.layer_types, config.query_pre_attn_scalar = ["sliding_attention", "full_attention"], 20
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for p in model.parameters():
