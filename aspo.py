@@ -945,7 +945,7 @@ def pack(samples: list[Sample], device) -> Packed:
 
     size = (lengths.log() / math.log(SPREAD)).floor()  # -inf where nothing is left of a response
     size[n_prompts:] += 1000  # keeps prompts and responses apart
-    blocks, queries, keys, is_real, tables = [], [], [], [], (place, position, real)
+    blocks, parts, tables = [], [], (place, position, real)
     for which in ((size == each).nonzero()[:, 0] for each in size[lengths > 0].unique()):
         own = looked_at = [table[which, :int(lengths[which].max())] for table in tables]
         if which[0] >= n_prompts:
@@ -953,8 +953,8 @@ def pack(samples: list[Sample], device) -> Packed:
             looked_at = [torch.cat([table[before, :int(lengths[before].max())], part], 1) for table, part in zip(tables, own)]
         now, at, there = own[1][:, None, :, None], looked_at[1][:, None, None], looked_at[2][:, None, None]
         blocks.append(Block(*(part.to(device) for part in (there & (at <= now), now, at))))
-        queries, is_real, keys = [*queries, own[0].flatten()], [*is_real, own[2].flatten()], [*keys, looked_at[0].flatten()]
-    queries, is_real = torch.cat(queries), torch.cat(is_real)
+        parts.append([table.flatten() for table in (own[0], own[2], looked_at[0])])
+    queries, is_real, keys = map(torch.cat, zip(*parts))
     back = torch.empty(int(real.sum()), dtype=torch.long)
     back[queries[is_real]] = is_real.nonzero()[:, 0]
 
@@ -964,8 +964,19 @@ def pack(samples: list[Sample], device) -> Packed:
     source = torch.cat([ends[:, None], place[n_prompts:]], 1)[:, :mask.shape[1]][mask]
     tokens, targets = (torch.tensor(list(itertools.chain(*parts)), dtype=torch.long)
                        for parts in (rows, (s.response for s in samples)))
-    parts = tokens[None], position[real][None], source, targets, mask, queries, torch.cat(keys), back
+    parts = tokens[None], position[real][None], source, targets, mask, queries, keys, back
     return Packed(blocks, *(part.to(device) for part in parts))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """Attention with queries (B, heads, q, D) and keys (B, key heads, k, D) -> (B, q, heads, D).
+
+    Query heads that share a key head become its rows, so bias is (B, 1, query heads of each * q, k) or broadcasts to it:
+    transformers would copy keys and values for each of them.
+    """
+    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    result = scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale)
+    return result.reshape(q.shape).transpose(1, 2)  # no view: a GPU's kernels lay it out by tokens
 
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling=None,
@@ -973,12 +984,9 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     """What transformers calls in every layer: queries (1, heads, N, D) of a packed row -> (1, N, heads, D).
 
     Without `packed` it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts, for which it is transformers' own.
-    Query heads that share a key head become its rows: transformers would copy keys and values for each of them.
     """
     if packed is None and query.shape[2] == 1:
-        shared = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # (B, key heads, query heads of each, D)
-        result = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
-        return result.flatten(1, 2)[:, None], None
+        return grouped_attention(query, key, value, attention_mask, scaling), None
     if packed is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
                                                sliding_window=sliding_window, **kwargs)
@@ -989,10 +997,8 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     results = []
     for block, *parts in zip(packed.blocks, q_parts, k_parts, v_parts):
         q, k, v = (x.unflatten(0, (len(block.visible), -1)).transpose(1, 2) for x in parts)  # (rows, heads, q or k, D)
-        shared = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (rows, key heads, query heads of each * q, D)
         bias = block.bias(q.shape[1] // k.shape[1], sliding_window, v.dtype)  # autocast has left q and k in fp32
-        result = scaled_dot_product_attention(shared, k, v, attn_mask=bias, scale=scaling)
-        results.append(result.view(q.shape).transpose(1, 2).flatten(0, 1))
+        results.append(grouped_attention(q, k, v, bias, scaling).flatten(0, 1))
     return torch.cat(results).index_select(0, packed.back)[None], None
 
 
@@ -1059,11 +1065,13 @@ def micro_batches_of(samples: list[Sample], cfg: Config) -> list[list[Sample]]:
 
 
 def remember(micro: list[Sample], logp: Tensor, mask: Tensor) -> None:
+    """Give every sample its part of logp (B, T) as old_logp."""
     for s, values in zip(micro, logp.detach()[mask].split([len(s.response) for s in micro])):
         s.old_logp = values
 
 
 def concat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of equal name one after the other."""
     parts = [part for part in parts if part]  # a process that made no step has none
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
@@ -1433,6 +1441,7 @@ class Stop:
 
 
 def append(path: Path, rows: list[dict]) -> None:
+    """Add lines to a JSON Lines file."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -1656,6 +1665,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 for bad input, 1 if another process is gone, 128 + a signal."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported below
     try:
         cfg = parse(argv)

@@ -129,6 +129,19 @@ def test_packing_leaves_out_nothing_but_prompts_met_before_and_last_tokens():
     assert packed.queries[packed.back].tolist() == list(range(7))
 
 
+def test_attention_takes_results_laid_out_by_tokens(tiny, monkeypatch):
+    """As the kernels of a GPU return them: (B, heads, q, D) whose memory is (B, q, heads, D)."""
+    model, tokenizer = tiny
+    samples = made_up_samples(tokenizer)
+    run = lambda: (token_logp(model, pack(samples, "cpu"), 1.0)[0].detach(), draw(model, tokenizer, [[5, 6]], 2, max_new_tokens=4,
+                                                                                temperature=0))
+    expected, attention = run(), aspo.scaled_dot_product_attention
+    by_tokens = lambda *args, **kwargs: attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(aspo, "scaled_dot_product_attention", by_tokens)
+    result = run()
+    assert torch.equal(result[0], expected[0]) and [r for r, *_ in result[1]] == [r for r, *_ in expected[1]]
+
+
 @pytest.mark.parametrize("family, window", [("Llama", None), ("Mistral", 5), ("Qwen3", None), ("Gemma3Text", 5), ("GPT2", None)])
 def test_packed_attention_is_the_models_own(family, window):
     """For other architectures, with sliding windows in all layers or in some, and with gradient checkpointing on."""
@@ -462,7 +475,8 @@ def test_micro_batches_keep_everything_within_the_budget():
     assert sum(batches, []) == samples
     sizes = [pack(batch, "cpu").tokens.numel() for batch in batches]
     assert max(sizes) <= 60 and len(batches) > 4
-    assert sum(sizes[:-1]) / len(sizes[:-1]) > 35  # and full: no sample has more than 22 tokens
+    cost = lambda batch: sum(map(len, {tuple(s.prompt) for s in batch})) + sum(len(s.response) for s in batch)
+    assert all(cost(batch) <= 60 < cost([*batch, after[0]]) for batch, after in zip(batches, batches[1:]))  # full, not over
     assert all(len(b) == 1 for b in micro_batches(samples, 1))
     assert micro_batches([], 60) == []
 
