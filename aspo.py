@@ -938,14 +938,14 @@ def pack(samples: list[Sample], device) -> Packed:
     lengths, n_prompts = torch.tensor(list(map(len, rows))), len(prompts)
     column = torch.arange(int(lengths.max()))
     real = column < lengths[:, None]  # (Q + B, W)
-    place = torch.zeros(real.shape, dtype=torch.long)
+    place = torch.zeros(real.shape, dtype=torch.long)  # in the packed row
     place[real] = torch.arange(int(real.sum()))
     begin = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[owner]])  # a response goes on after its prompt
     position = (begin[:, None] + column).masked_fill(~real, 0)
 
     size = (lengths.log() / math.log(SPREAD)).floor()  # -inf where nothing is left of a response
     size[n_prompts:] += 1000  # keeps prompts and responses apart
-    blocks, parts, tables = [], [], (place, position, real)
+    blocks, places, tables = [], [], (place, position, real)
     for which in ((size == each).nonzero()[:, 0] for each in size[lengths > 0].unique()):
         own = looked_at = [table[which, :int(lengths[which].max())] for table in tables]
         if which[0] >= n_prompts:
@@ -953,8 +953,8 @@ def pack(samples: list[Sample], device) -> Packed:
             looked_at = [torch.cat([table[before, :int(lengths[before].max())], part], 1) for table, part in zip(tables, own)]
         now, at, there = own[1][:, None, :, None], looked_at[1][:, None, None], looked_at[2][:, None, None]
         blocks.append(Block(*(part.to(device) for part in (there & (at <= now), now, at))))
-        parts.append([table.flatten() for table in (own[0], own[2], looked_at[0])])
-    queries, is_real, keys = map(torch.cat, zip(*parts))
+        places.append([table.flatten() for table in (own[0], own[2], looked_at[0])])
+    queries, is_real, keys = map(torch.cat, zip(*places))
     back = torch.empty(int(real.sum()), dtype=torch.long)
     back[queries[is_real]] = is_real.nonzero()[:, 0]
 
@@ -962,10 +962,10 @@ def pack(samples: list[Sample], device) -> Packed:
     mask = torch.arange(len(column) + 1) < torch.tensor([[len(s.response)] for s in samples])
     mask = mask[:, :max(1, int(mask.sum(1).max()))]
     source = torch.cat([ends[:, None], place[n_prompts:]], 1)[:, :mask.shape[1]][mask]
-    tokens, targets = (torch.tensor(list(itertools.chain(*parts)), dtype=torch.long)
-                       for parts in (rows, (s.response for s in samples)))
-    parts = tokens[None], position[real][None], source, targets, mask, queries, keys, back
-    return Packed(blocks, *(part.to(device) for part in parts))
+    tokens, targets = (torch.tensor(list(itertools.chain(*lists)), dtype=torch.long)
+                       for lists in (rows, (s.response for s in samples)))
+    return Packed(blocks, *(part.to(device) for part in (tokens[None], position[real][None], source, targets, mask,
+                                                         queries, keys, back)))
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
