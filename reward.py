@@ -917,8 +917,34 @@ def _same(given: str, gold: str) -> bool:
             or other != gold and not re.search("[a-zA-Z]", given) and _readings_agree(given, other))
 
 
+# Work left undone is no answer: a model that is paid for "25 * 5" learns to repeat the question.
+_NUMERAL = r"(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
+_FRACTION = rf"\\frac ?(?:\{{ ?-?(\d+) ?\}}|(\d)) ?(?:\{{ ?-?(\d+) ?\}}|(\d+))|(\d+) ?/ ?-?(\d+)"
+_POWER_OF_TEN = r"10 ?(?:\^|\*\*) ?\{? ?[-+]?\d+ ?\}?"
+_SCIENTIFIC = rf"{_NUMERAL} ?(?:\\times|\\cdot|\*) ?\(?{_POWER_OF_TEN}\)?|{_POWER_OF_TEN}|{_NUMERAL}[eE][-+]?\d+"
+_FINISHED = re.compile(
+    rf"{_SCIENTIFIC}|(?:{_NUMERAL} ?)?(?:{_FRACTION})|{_REPEATING}|{_NUMERAL}")
+_UNFINISHED = re.compile(r"\d|[+*!|]|(?<=.)-|\^(?! ?\{?[23])|\\(?:sqrt|binom|times|cdot|div|[lr]vert)|sqrt|_")
+
+
+def _is_number(text: str) -> bool:
+    """Whether an answer is one number that is worked out: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, -5\\text{ cm}; not 18+8 or 4/6."""
+    text = re.split(r"=|\\approx", _clean(text))[-1].strip().lstrip("([{+-").strip()
+    found = _FINISHED.search(text)
+    if not found:
+        return not _UNFINISHED.search(text)  # a word, such as twelve
+    parts = [int(part) for part in found.groups() if part]
+    if len(parts) == 2 and (parts[1] < 2 or math.gcd(*parts) > 1):
+        return False
+    rest = re.sub(r"(?<=[a-zA-Z}]) ?\^ ?\{?[23]\}?", "", text[:found.start()] + " # " + text[found.end():])
+    return not _UNFINISHED.search(rest)
+
+
 def is_equal(given: str, gold: str) -> bool:
-    """Whether two answers are mathematically the same. Never raises; what cannot be read equals only the same text."""
+    """Whether two answers are mathematically the same, and work that the gold answer has done is not left undone.
+
+    Never raises; what cannot be read equals only the same text.
+    """
     given, gold = given.strip(), gold.strip()
     if given == gold:
         return bool(re.search(r"\w|\\\{", gold))
@@ -928,8 +954,10 @@ def is_equal(given: str, gold: str) -> bool:
     try:
         if all(numbers):  # as most answers are
             x, y = (Fraction(n[2] or n[4]) / int(n[3] or n[5] or 1) for n in numbers)
-            return x == y and (numbers[0][1] == numbers[1][1] or x == 0)
-        return _same(given, gold)
+            same = x == y and (numbers[0][1] == numbers[1][1] or x == 0)
+        else:
+            same = _same(given, gold)
+        return same and (_is_number(given) or not _NUMBER.fullmatch(_THOUSANDS.sub(lambda m: m[0].replace(",", ""), _clean(gold))))
     except _FAILURES:
         return False
 
