@@ -1,542 +1,1135 @@
-"""ASPO and GRPO for language models, in one file that reads from top to bottom.
+"""ASPO and GRPO for language models, in one file.
 
-    python aspo.py                                  # tiny built-in model, arithmetic, CPU, offline, < 3 minutes
-    python aspo.py --loss grpo                      # the same run with GRPO
-    python aspo.py --model qwen-0.5b                # Qwen2.5-0.5B-Instruct on GSM8K, one GPU
-    python aspo.py --model DIR --data FILE.jsonl    # a local model; a line is {"problem": ..., "answer": ...}
-    python aspo.py --resume runs/NAME               # go on with a run that was stopped or killed
-    torchrun --nproc-per-node 4 aspo.py ...         # four processes, data-parallel
-    python aspo.py --help                           # every knob
+    python aspo.py                                # a tiny built-in model learns sums on a CPU
+    python aspo.py --loss grpo                    # the same run with GRPO
+    python aspo.py --model qwen-0.5b              # Qwen2.5-0.5B-Instruct on GSM8K, one GPU
+    python aspo.py --model DIR --data FILE.jsonl  # lines of {"problem": ..., "answer": ...}
+    python aspo.py --resume runs/NAME             # go on with a run that was stopped or killed
+    torchrun --nproc-per-node 4 aspo.py           # four GPUs, each with a quarter of the model
+    python aspo.py --help                         # every knob
 
-One step: sample a group of responses per prompt, score them, compare each with its group, and raise or
-lower the log-probability of its tokens. Every method here has the gradient
+One step: sample a group of responses to each prompt and score them. A response's advantage A says
+how it compares with its group: above 0 it is good, below 0 it is bad, and so is each of its
+tokens. Raise the log-probability of good tokens, lower that of bad ones: the loss has the gradient
 
-    - A * w(r, sign A) * grad log pi(token)         r = pi(token) / pi_old(token), the importance ratio
+    -A * w(r, sign A) * grad log pi(token)      r = pi(token) / pi_old(token), the importance ratio
 
-so a method *is* its weight w: find `WEIGHTS` below, which shows GRPO and ASPO next to each other. GRPO weighs
-tokens of good responses by r, so tokens that already rose are pushed hardest; ASPO weighs them by 1/r.
+so a method *is* its weight w. pi_old is the policy before the first optimiser step on a rollout,
+so at that step every r is 1 and all methods agree. From then on GRPO and ASPO differ in two places:
 
-Sources: the paper, arXiv 2510.06062, and its authors' code, github.com/wizard-III/Archer2.0 at b08d963.
-Where we depart from them:
- 1. Small models and short answers: other sizes, learning rates and lengths (`PRESETS`).
- 2. No KL term by default (theirs 0.001), so no reference model in memory: `--kl_coef 0.001` restores it.
- 3. The entropy-dependent clip range of their recipe is off by default: `--entropy_clip` turns it on.
- 4. The soft overlong penalty (theirs: up to 1 over the last 16 tokens) is off: `--overlong_buffer 16`.
- 5. The loss averages over all tokens of the mini-batch. Theirs says so too, but with micro-batches of one
-    sequence it is a mean of sequence means: `--loss_agg sequence`.
- 6. Groups with equal rewards stay in the batch with advantage 0; theirs are dropped: `--drop_uniform_groups`.
- 7. No entropy bonus (theirs has coefficient 0).
+                good tokens, A > 0               bad tokens, A < 0
+    PPO's clip  0 where r > 1 + eps_high         0 where r < 1 - eps_low           (both methods)
+    GRPO        r: what rose is pushed hardest   r, but 0 where r > dual_clip
+    ASPO        1/r, at most dual_clip           r, at most dual_clip
+
+PART ONE is the whole method and runs by itself (--engine plain). Read `train`, its last function,
+first if you like to see the order of things before the things. Who calls whom:
+    train > roll_out > policy.generate > plain_generate > pick
+    train > group_advantages
+    train > update > remember_old_logp > policy.token_logp > plain_logp
+    train > update > accumulate > policy_loss > WEIGHTS
+    train > heldout_accuracy > roll_out
+PART TWO is the engine room. Part one enters it by these doors:
+    open_run      -> run: policy, reward, stream, heldout, step; log, save, asked_to_stop, finish
+    policy        generate, token_logp, reference_logp, micro_batches, fit, refresh_sampler; encode,
+                  decode, stop_ids, pad; zero_grad, backward, optimizer_step, learning_rate
+    all_sum, all_gather, rank, world    the processes of torchrun; without it there is one
+    by_rows, draw, seed_step, progress, say    a sentence each where they stand
+    refill, overlong_penalty, entropy_dependent_eps    off by default
+
+Paper: arXiv 2510.06062. Where we depart from it: see "Departures" in README.md.
 """
 
+import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
+import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
+import runpy
 import shutil
 import signal
 import sys
 import time
 import types
+import typing
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import transformers.utils.logging
+import transformers
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, Cache,
-                          HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
-                          get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, set_seed)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reward import extract_answer, math_reward
+from reward import extract_answer, is_readable, math_reward
 
-# ------------------------------------------------------------------------------------------------ configuration
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs out of one folder
+    fcntl = None
+
+# ================================================================================ PART ONE: method
+# ---------------------------------------------------------------------------------------- settings
+
+@dataclass
+class Config:
+    """Every setting. The comment behind it is its --help, which is made from this source.
+
+    [Brackets]: a default that depends on another setting. Aliases of models bring their own, too,
+    see PRESETS; what is typed wins.
+    """
+
+    # what to train
+    model: str = "tiny"  # tiny, an alias of PRESETS, a hub id or a local folder
+    data: str = "gsm8k"  # arithmetic, sums, gsm8k, svamp, math, a hub id or a file
+    instruction: str | None = None  # appended to every problem [how to give the answer]
+    thinking: bool = False  # let chat templates that can (Qwen3) open a thinking block
+    reward: str | None = None  # your own, as FILE.py:NAME of f(response, row) -> float
+    loss: str = "aspo"  # aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo: see WEIGHTS
+    seed: int = 0  # fixes data order, initial weights and samples
+    # rollout
+    steps: int = 200  # rollouts to train on
+    prompts: int = 32  # prompts per rollout
+    group_size: int = 8  # responses per prompt: a group is its own baseline, so at least 2
+    max_new_tokens: int = 512  # limit; what is cut off scores 0, so watch the truncated share
+    temperature: float = 1.0  # of sampling, and of all log-probabilities in the loss
+    # reward and advantage
+    divide_by_std: bool | None = None  # divide advantages by the group's std [dr-grpo: false]
+    max_refills: int = 0  # dynamic sampling: rounds that replace uniform groups (DAPO)
+    overlong_buffer: int = 0  # soft penalty over this many last allowed tokens (DAPO)
+    mask_truncated: bool = False  # do not train on responses that were cut off
+    # weight and loss
+    eps_low: float | None = None  # bad tokens: no gradient below 1 - eps_low [.2, gspo: 3e-4]
+    eps_high: float | None = None  # good: none above 1 + eps_high [.2, dapo: .28, gspo: 4e-4]
+    entropy_clip: bool = False  # both eps .4 for the most uncertain tokens, else .2 (Archer)
+    dual_clip: float = 3.0  # aspo caps the weight here; grpo drops bad tokens with r above it
+    loss_agg: str | None = None  # mean over token, sequence or constant [see METHOD_DEFAULTS]
+    kl_coef: float = 0.0  # weight of the k3 KL to the initial model; 0 keeps it out of memory
+    tis_cap: float = 0.0  # truncated importance sampling for the sampler's rounding; 0: off
+    # update
+    minibatch: int = 8  # prompts per optimiser step
+    epochs: int = 2  # how often each rollout is trained on
+    lr: float = 1e-6  # AdamW learning rate
+    lr_warmup: int = 10  # optimiser steps of linear warm-up: step k has k / lr_warmup of lr
+    weight_decay: float = 0.1  # of AdamW, on matrices
+    grad_clip: float = 1.0  # gradient norm limit
+    sft_steps: int = 500  # supervised warm-up of the tiny model
+    # reports
+    eval_every: int = 20  # steps between held-out evaluations; 0: before and after
+    eval_problems: int = 128  # held-out problems
+    eval_samples: int = 2  # samples per held-out problem
+    save_every: int = 50  # steps between checkpoints; 0: at the end
+    # machine: speed and memory, nothing of the method
+    out: str | None = None  # run folder [runs/<model>-<loss>-s<seed>]
+    resume: str | None = None  # run folder to go on with
+    device: str = "auto"  # cuda if there is one, else cpu
+    engine: str = "auto"  # fast, plain, or fast wherever it gives plain's numbers
+    sample_rows: int = 256  # responses sampled at once; another number draws other ones
+    micro_tokens: int = 8192  # tokens per forward and backward
+    gradient_checkpointing: bool = False  # less memory, a third slower
+
+    def __post_init__(self):
+        for name, value in (METHOD_DEFAULTS["grpo"] | METHOD_DEFAULTS.get(self.loss, {})).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.instruction is None:
+            self.instruction = "" if self.model == "tiny" else INSTRUCTIONS.get(self.data, BOX)
+        name = Path(self.model).name or Path(self.model).resolve().name  # of "." too
+        self.out = self.out or f"runs/{name}-{self.loss}-s{self.seed}"
 
 
-class UserError(Exception):
-    """Bad input. `main` prints the message as one line and exits with status 2."""
+# ------------------------------------------------------------------------------ samples and rewards
+
+@dataclass
+class Sample:
+    """One response to one problem. A rollout is a list of them, each group's side by side."""
+
+    problem: str
+    gold: str  # the right answer
+    prompt: list[int]  # token ids
+    response: list[int] = field(default_factory=list)  # token ids, with the stop token
+    text: str = ""  # the response, decoded
+    truncated: bool = False  # no stop token within max_new_tokens
+    entropy: float = 0.0  # mean over the response's tokens, nats
+    correct: float = 0.0  # or 1.0; what a reward of your own says
+    reward: float = 0.0  # correct, less the overlong penalty
+    advantage: float = 0.0  # the reward compared with the group
+    sampler_logp: Tensor | None = None  # (tokens,) as the sampler saw it
+    old_logp: Tensor | None = None  # (tokens,) before the update: the same but for rounding
 
 
-def knob(default, help: str, **argparse_options):
-    """A field of Config with its line of --help; argparse_options are those of add_argument."""
-    return field(default=default, metadata={"help": help, **argparse_options})
+def right_answer(response: str, problem: dict) -> float:
+    """The reward: 1 if the response's final answer is the problem's, else 0."""
+    return math_reward(response, problem["answer"])
 
 
-# What a method changes besides its weight. Anything given on the command line wins.
+def roll_out(policy: "Policy", problems: list[dict], n: int, cfg: Config,
+             reward: Callable[[str, dict], float] = right_answer) -> list[Sample]:
+    """n responses to every problem, scored."""
+    samples, rows = [], [problem for problem in problems for _ in range(n)]
+    prompts = [policy.encode(row) for row in rows]
+    for row, prompt, drawn in zip(rows, prompts, policy.generate(prompts)):
+        response, logp, entropy = drawn
+        s = Sample(row["problem"], row["answer"], prompt, response, policy.decode(response),
+                   entropy=entropy, sampler_logp=logp)
+        s.correct = reward(s.text, row)
+        s.truncated = response[-1] not in policy.stop_ids
+        if s.truncated:  # it never came to its end, whatever it was about to say
+            s.correct = min(s.correct, 0.0)
+        s.reward = s.correct + overlong_penalty(len(response), cfg)
+        samples.append(s)
+    return samples
+
+
+# ------------------------------------------------------------------------------- sampling, plainly
+
+def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a token (B,) from logits (B, V). Temperature 0 takes the most likely one.
+
+    Also its log-probability and the entropy, (B,) in nats, both before top_p.
+    """
+    logits = logits.float()
+    logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
+    probs = logp.exp()
+    entropy = torch.special.entr(probs).sum(-1)  # -sum p log p, 0 where p is 0
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        token = draw(probs if top_p == 1 else nucleus(probs, top_p))
+    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+
+
+class Draw(LogitsProcessor):
+    """Draws the tokens, and notes the very log-probabilities that they were drawn with.
+
+    `generate` of transformers, which is greedy here, shows it the logits of every next token. It
+    puts all but those of the token drawn to -inf, so that the greedy choice is this token.
+    """
+
+    def __init__(self, temperature: float, top_p: float):
+        self.temperature, self.top_p = temperature, top_p
+        self.logp, self.entropy = [], []  # of each token so far, (B,)
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Logits (B, V) -> logits (B, V)."""
+        token, logp, entropy = pick(logits, self.temperature, self.top_p)
+        self.logp.append(logp)
+        self.entropy.append(entropy)
+        return torch.full_like(logits, -math.inf).scatter_(-1, token[:, None], 0.0)
+
+
+@torch.no_grad()
+def plain_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
+    """A response to each prompt: its tokens, their log-probabilities (tokens,), mean entropy."""
+    ids, attention_mask = policy.pad(prompts, "left")  # (B, P) each
+    draw, model = Draw(policy.temperature, policy.top_p), policy.sampler
+    # Assigned, not passed: what is passed is merged with the model's own settings, and its top_k
+    # or repetition_penalty would make the sampler another policy than the one in the ratio.
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        max_new_tokens=policy.max_new_tokens, eos_token_id=policy.stop_ids or None,
+        pad_token_id=policy.pad_id)
+    try:
+        with policy.half_precision():
+            out = model.generate(ids, attention_mask=attention_mask, logits_processor=[draw])
+    finally:
+        model.generation_config = own
+    logp, entropy = torch.stack(draw.logp, 1).cpu(), torch.stack(draw.entropy, 1).cpu()  # (B, T)
+    responses = []
+    for i, tokens in enumerate(out[:, ids.shape[1]:].tolist()):
+        stops = [t for t, token in enumerate(tokens) if token in policy.stop_ids]
+        end = stops[0] + 1 if stops else len(tokens)  # the stop token is trained as well
+        responses.append((tokens[:end], logp[i, :end], entropy[i, :end].mean().item()))
+    return responses
+
+
+# -------------------------------------------------------------------------------------- advantages
+
+def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
+    """(R - mean) / (unbiased std + 1e-6) within each group: (Q, G) -> (Q, G), G >= 2 responses.
+
+    Without the division: Dr. GRPO, arXiv 2503.20783. Raises ValueError for G < 2.
+    """
+    if rewards.shape[-1] < 2:
+        raise ValueError(f"a group needs at least 2 responses, got {tuple(rewards.shape)}")
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-6)
+    # The float mean of equal rewards need not equal them, and a std near 0 would blow that up.
+    uniform = (rewards == rewards[..., :1]).all(-1, keepdim=True)
+    return advantages.masked_fill(uniform, 0.0)
+
+
+# ----------------------------------------------------------------------------------------- weights
+# Ratios r (B, T) and advantages (B, 1) -> weights (B, T). eps is (low, high): numbers, or (B, T)
+# tensors under --entropy_clip.
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """r = exp(log pi - log pi_old), kept within float range."""
+    return log_ratio.clamp(-20, 20).exp()
+
+
+def unclipped(r: Tensor, advantages: Tensor, eps: tuple) -> Tensor:
+    """PPO's clip: False for a token that has already moved far enough in the wanted direction."""
+    low, high = eps
+    return torch.where(advantages >= 0, r <= 1 + high, r >= 1 - low)
+
+
+def grpo(r, advantages, eps, dual_clip):
+    """The ratio. The hard dual clip drops bad tokens with r > dual_clip."""
+    dropped = (advantages < 0) & (r > dual_clip)
+    return r * unclipped(r, advantages, eps) * ~dropped
+
+
+def aspo(r, advantages, eps, dual_clip):
+    """The ratio, upside down for good tokens. The soft dual clip caps the weight.
+
+    All tokens of a response share one A, so r corrects no distribution here: it only weighs
+    tokens. By r, the likely ones win ever more and the entropy collapses; 1/r lifts those behind.
+    """
+    flipped = torch.where(advantages >= 0, 1 / r, r)
+    return flipped.clamp(max=dual_clip) * unclipped(r, advantages, eps)
+
+
+def no_is(r, advantages, eps, dual_clip):
+    """1, and the clip: the paper's diagnostic."""
+    return unclipped(r, advantages, eps).to(r.dtype)
+
+
+def cispo(r, advantages, eps, dual_clip):
+    """The ratio capped, no token dropped (MiniMax-M1, arXiv 2506.13585)."""
+    return r.clamp(max=1 + eps[1])
+
+
+def gspo(r, advantages, eps, dual_clip):
+    """The clipped ratio of the whole sequence, see `policy_loss` (Qwen, arXiv 2507.18071)."""
+    return r * unclipped(r, advantages, eps)
+
+
+WEIGHTS = {"grpo": grpo, "aspo": aspo, "no-is": no_is, "cispo": cispo, "gspo": gspo,
+           "dapo": grpo, "dr-grpo": grpo}
+# What a method changes besides its weight; the first line is everyone's default. DAPO's dynamic
+# sampling and overlong penalty are knobs of their own: --max_refills, --overlong_buffer.
 METHOD_DEFAULTS = {
+    "grpo": dict(eps_low=0.2, eps_high=0.2, divide_by_std=True, loss_agg="token"),
     "dapo": dict(eps_high=0.28),
     "gspo": dict(eps_low=3e-4, eps_high=4e-4, loss_agg="sequence"),
     "dr-grpo": dict(divide_by_std=False, loss_agg="constant"),
 }
 
 
-@dataclass
-class Config:
-    """Every knob. `--help` and the README's table are made from this class."""
+# -------------------------------------------------------------------------------------------- loss
 
-    # what
-    model: str = knob("tiny", "tiny, an alias (see PRESETS), a hub id or a local folder")
-    data: str | None = knob(None, "arithmetic, gsm8k, svamp, math, a hub id or a .jsonl file [what suits the model]")
-    loss: str = knob("aspo", "the weight: aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo (see WEIGHTS)")
-    out: str | None = knob(None, "run folder, must be new [runs/<model>-<loss>-s<seed>]")
-    resume: str | None = knob(None, "run folder to go on with, at its last checkpoint and with its flags")
-    seed: int = knob(0, "fixes data order, initial weights and samples")
-    device: str = knob("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps")
-    # rollout
-    steps: int = knob(200, "rollouts to train on")
-    prompts: int = knob(32, "prompts per rollout")
-    group_size: int = knob(8, "samples per prompt; the group is the baseline, so at least 2")
-    max_new_tokens: int = knob(512, "response limit; what is cut off scores 0, so watch the truncated share")
-    temperature: float = knob(1.0, "of sampling and of every log-probability in the loss")
-    sample_rows: int = knob(256, "responses decoded at once; lower it when sampling runs out of memory")
-    cuda_graphs: bool = knob(True, "on CUDA, replay decode steps as graphs; False if a model cannot be captured")
-    instruction: str | None = knob(None, "appended to every problem [ask for \\boxed{} unless the data is arithmetic]")
-    thinking: bool = knob(False, "let templates that can switch it (Qwen3) open a thinking block")
-    # reward and advantage
-    divide_by_std: bool | None = knob(None, "divide advantages by the group's std [yes; dr-grpo: no]")
-    drop_uniform_groups: bool = knob(False, "leave groups with equal rewards out of the normaliser as well")
-    max_refills: int = knob(0, "dynamic sampling (DAPO): rounds that replace uniform groups by new prompts")
-    overlong_buffer: int = knob(0, "soft penalty, 0 to -1, over this many last allowed tokens; 0 is off")
-    mask_truncated: bool = knob(False, "do not train on responses that were cut off")
-    # weight
-    eps_low: float | None = knob(None, "tokens of bad responses with r < 1 - eps_low get no gradient [0.2; gspo 3e-4]")
-    eps_high: float | None = knob(None, "tokens of good responses with r > 1 + eps_high get none [0.2; dapo 0.28; gspo 4e-4]")
-    dual_clip: float = knob(3.0, "aspo caps the weight here; grpo drops A < 0 tokens with a larger ratio")
-    entropy_clip: bool = knob(False, "authors' recipe: eps 0.4 for a response's 20 %% most uncertain tokens, 0.2 elsewhere")
-    loss_agg: str | None = knob(None, "mean over tokens, mean of sequence means, or sum / (sequences x max_new_tokens) "
-                                      "[token; gspo: sequence; dr-grpo: constant]", choices=("token", "sequence", "constant"))
-    kl_coef: float = knob(0.0, "weight of the k3 KL to the initial model; 0 keeps that model out of memory")
-    tis_cap: float = knob(0.0, "weigh by exp(old_logp - sampler's logp), capped here (2 is usual), against rounding; 0 is off")
-    # update
-    minibatch: int = knob(8, "prompts per optimiser step; prompts / minibatch * epochs steps use one rollout")
-    epochs: int = knob(2, "passes over a rollout; with a single update per rollout all ratios are 1")
-    lr: float = knob(1e-6, "AdamW learning rate")
-    weight_decay: float = knob(0.1, "AdamW weight decay")
-    lr_warmup: int = knob(10, "optimiser steps of linear warm-up, then constant")
-    grad_clip: float = knob(1.0, "gradient norm limit")
-    micro_tokens: int = knob(8192, "tokens per forward and backward; changes memory, not the gradient")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about 30 %% slower")
-    fsdp: bool = knob(False, "under torchrun: shard weights, gradients and optimiser state over the processes")
-    rehearse: bool | None = knob(None, "first run the longest batches that can occur, to meet out-of-memory now [yes on CUDA]")
-    # supervised warm-up of the tiny model
-    sft_steps: int = knob(500, "warm-up steps on sloppy demonstrations (tiny only)")
-    sft_slip: float = knob(0.25, "share of wrong steps in these demonstrations (tiny only)")
-    # reports
-    eval_every: int = knob(20, "steps between held-out evaluations; 0: only before and after")
-    eval_problems: int = knob(128, "held-out problems")
-    eval_samples: int = knob(2, "samples per held-out problem, at the training temperature")
-    save_every: int = knob(50, "steps between checkpoints; 0: only at the end")
-    keep: int = knob(1, "checkpoints to keep; older ones are named checkpoint-<step>")
-    log_samples_every: int = knob(10, "steps between whole rollouts written to samples.jsonl")
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cfg: Config, *,
+                norm: float | None = None, entropy: Tensor | None = None,
+                ref_logp: Tensor | None = None,
+                sampler_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """-A * w * log pi: its gradient is the method's, its value means nothing.
 
-    def __post_init__(self):
-        chosen = dict(eps_low=0.2, eps_high=0.2, divide_by_std=True, loss_agg="token") | METHOD_DEFAULTS.get(self.loss, {})
-        for name, value in chosen.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-
-# What may differ when a run is resumed: it changes reports, memory or speed and not what is learned.
-HARMLESS = ("out", "resume", "device", "steps", "sample_rows", "cuda_graphs", "micro_tokens", "gradient_checkpointing", "fsdp",
-            "rehearse", "eval_every", "save_every", "keep", "log_samples_every")
-
-# alias -> hub id and the defaults that suit it. The real ones are sized for one GPU of 16-24 GB up to 0.6B parameters
-# (fp32 weights, gradients and two Adam moments are 16 bytes a parameter) and of 40 GB from 1.5B.
-_SMALL = dict(gradient_checkpointing=True)
-_LONG = dict(gradient_checkpointing=True, max_new_tokens=1024, sample_rows=128)
-PRESETS = {
-    "tiny": ("tiny", dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40, lr=4e-4, eval_every=11)),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
-    "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", _SMALL),
-    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", _SMALL | dict(sample_rows=64)),  # its cache is 112 KiB a token, Qwen2.5-0.5B's 12
-    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", _SMALL),
-    "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B", _LONG),
-    "r1-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", _LONG | dict(max_new_tokens=4096, sample_rows=64)),
-}
-
-
-def check(cfg: Config) -> None:
-    """Raise UserError for values that cannot work, before anything is loaded."""
-    for name in ("steps", "prompts", "minibatch", "epochs", "max_new_tokens", "sample_rows", "micro_tokens", "eval_problems",
-                 "eval_samples", "log_samples_every", "keep", "temperature", "lr", "grad_clip", "dual_clip"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("seed", "max_refills", "overlong_buffer", "eps_low", "eps_high", "kl_coef", "tis_cap", "weight_decay",
-                 "lr_warmup", "sft_steps", "sft_slip", "eval_every", "save_every"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    if cfg.sft_slip > 1:
-        raise UserError(f"--sft_slip is a share and must be at most 1, got {cfg.sft_slip}")
-    if cfg.loss not in WEIGHTS:
-        raise UserError(f"unknown loss {cfg.loss!r}; choose from {', '.join(WEIGHTS)}")
-    if cfg.group_size < 2:
-        raise UserError(f"--group_size must be at least 2 (a response is compared with its group), got {cfg.group_size}")
-    if cfg.prompts % cfg.minibatch:
-        raise UserError(f"--minibatch {cfg.minibatch} must divide --prompts {cfg.prompts}")
-    if cfg.minibatch % world():
-        raise UserError(f"--minibatch {cfg.minibatch} must be divisible by the {world()} processes")
-    if cfg.fsdp and not dist.is_initialized():
-        raise UserError("--fsdp needs several processes: type torchrun --nproc-per-node N aspo.py ... --fsdp")
-    if cfg.overlong_buffer >= cfg.max_new_tokens:
-        raise UserError(f"--overlong_buffer {cfg.overlong_buffer} must be smaller than --max_new_tokens {cfg.max_new_tokens}")
-
-
-# ---------------------------------------------------------------------------------------------------- processes
-# torchrun starts one process a GPU. Prompts are split over them and groups are not; gradients, normalisers and metrics
-# are summed over all. Without torchrun there is one process and all of this does nothing.
-
-
-def rank() -> int:
-    """This process's number, 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value) -> list:
-    """The value that each process gave, in the order of their ranks. A collective: every process must call it."""
-    if world() == 1:
-        return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def first(work: Callable[[], None]) -> None:
-    """Let the first process alone do it, and raise its UserError in all of them."""
-    error = None
-    if rank() == 0:
-        try:
-            work()
-        except UserError as reason:
-            error = reason
-    if error := gather(error)[0]:
-        raise error
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, or put together if FSDP has sharded it (a collective)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def say(text: str) -> None:
-    """Print on the first process, without breaking a progress bar."""
-    if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def progress(total: int, what: str) -> tqdm:
-    """A bar that leaves no line behind; only the first process shows it."""
-    return tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=rank() > 0)
-
-
-# -------------------------------------------------------------------------------------------------------- problems
-
-DIGITS_AND_SIGNS = "0123456789+=\n# "
-
-
-def all_arithmetic_problems() -> list[dict]:
-    """The 625 sums of four numbers from 1 to 5, {"problem": "3+1+5+2", "answer": "11"}."""
-    return [{"problem": "+".join(map(str, terms)), "answer": str(sum(terms))}
-            for terms in itertools.product(range(1, 6), repeat=4)]
-
-
-def sloppy_demonstration(problem: str, rng: random.Random, slip: float) -> str:
-    """Work out a sum by merging a random neighbouring pair at a time, one or two too high in a share `slip` of them.
-
-    "3+1+5+2" -> "3+6+2=9+2=11\n#### 11". Nothing is shown of answering at once, and a model of this size cannot,
-    so working in steps is the only way to the reward; the free order of merging leaves several right ways.
+    All are (B, T), advantages (B, 1); what stands outside the mask does not matter. norm is the
+    number of tokens (loss_agg token) or of sequences to average over: the whole mini-batch's,
+    or the gradient would depend on the cuts into micro-batches. None: this mask's own.
+    entropy is needed by entropy_clip, ref_logp by kl_coef, sampler_logp by tis_cap.
+    Returns the loss and (tokens,) tensors for the metrics.
     """
-    terms, states = [int(term) for term in problem.split("+")], []
-    while len(terms) > 1:
-        i = rng.randrange(len(terms) - 1)
-        error = rng.choice((1, 2)) if rng.random() < slip else 0
-        terms[i:i + 2] = [terms[i] + terms[i + 1] + error]
-        states.append("+".join(map(str, terms)))
-    return "=".join(states) + f"\n#### {terms[0]}"
+    mask = mask.bool()
+    logp, old_logp = logp.float().masked_fill(~mask, 0.0), old_logp.float().masked_fill(~mask, 0.0)
+    lengths = mask.sum(-1, keepdim=True)  # (B, 1)
+    with torch.no_grad():
+        log_ratio = logp - old_logp
+        if cfg.loss == "gspo":  # one ratio for a whole sequence
+            log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths.clamp(min=1)).expand_as(logp)
+        r, eps = ratio(log_ratio), (cfg.eps_low, cfg.eps_high)
+        if cfg.entropy_clip:
+            eps = (entropy_dependent_eps(entropy, mask),) * 2
+        weight = WEIGHTS[cfg.loss](r, advantages, eps, cfg.dual_clip)
+    per_token = -advantages * weight * logp
+
+    gap = torch.zeros_like(logp)
+    if sampler_logp is not None:
+        gap = (old_logp - sampler_logp.float()).masked_fill(~mask, 0.0)
+    if cfg.tis_cap:
+        # pi_old / pi_sampler, capped: the sampler computes the same policy in other batches and
+        # rounds otherwise, so a token may be drawn more often than pi_old says.
+        per_token = per_token * gap.exp().clamp(max=cfg.tis_cap)
+    stats = {"advantage": advantages.expand_as(logp), "log_ratio": log_ratio, "weight": weight,
+             "old_prob": old_logp.exp(), "mismatch": gap.abs()}
+    if cfg.kl_coef:
+        d = (ref_logp.float() - logp).masked_fill(~mask, 0.0)
+        kl = d.clamp(max=20).exp() - d - 1  # k3, http://joschu.net/blog/kl-approx.html
+        per_token = per_token + cfg.kl_coef * kl
+        stats["kl_ref"] = kl.detach()
+
+    if cfg.loss_agg == "sequence":  # a mean of sequence means
+        per_token = per_token / lengths.clamp(min=1)
+    elif cfg.loss_agg == "constant":  # Dr. GRPO
+        per_token = per_token / cfg.max_new_tokens
+    if norm is None:
+        norm = lengths.sum() if cfg.loss_agg == "token" else (lengths > 0).sum()
+    loss = (per_token * mask).sum() / max(float(norm), 1.0)
+    return loss, {name: values[mask] for name, values in stats.items()}
 
 
-def _box(solution: str) -> str:
-    return extract_answer(solution) or ""
+# ---------------------------------------------------------------------- log-probabilities, plainly
+
+def plain_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability and entropy of each response token, and the mask, (B, T) each.
+
+    The tensors begin where the shortest prompt ends; the mask is True at R.
+
+        P P R R R . .       P prompt, R response with its stop token, . padding
+        P P P P R R R           W columns of ids, of which the last T are kept
+            |-- T --|           from `first`, the length of the shortest prompt
+    """
+    ids, attention_mask = policy.pad([s.prompt + s.response for s in samples])  # (B, W) each
+    prompt_lengths = torch.tensor([[len(s.prompt)] for s in samples], device=ids.device)  # (B, 1)
+    first = min(int(prompt_lengths.min()), ids.shape[1] - 1)
+    with policy.half_precision():
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    # (B, W, V) -> (B, T, V), and (B, W) -> (B, T): the logits at one place tell of the next token.
+    logits, targets = logits[:, first - 1:-1], ids[:, first:]
+    column = torch.arange(first, ids.shape[1], device=ids.device)
+    # From lengths: looking for padding tokens would miss stop tokens where both are one.
+    mask = attention_mask[:, first:].bool() & (column >= prompt_lengths)  # (B, T)
+
+    # = logp_and_entropy(logits, targets, temperature), a few rows at a time: with a vocabulary of
+    # 150 k, the fp32 copies of all logits would take 30 GB.
+    logp, entropy = by_rows(logp_and_entropy, logits, targets, policy.temperature)
+    return logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0), mask
 
 
-# name -> hub id, config, row -> (problem, answer). All have the splits train and test.
-HUB_DATA = {
-    "gsm8k": ("openai/gsm8k", "main", lambda row: (row["question"], row["answer"].split("####")[-1])),
-    "svamp": ("ChilleD/SVAMP", None, lambda row: (f"{row['Body']} {row['Question']}", row["Answer"])),
-    "math": ("DigitalLearningGmbH/MATH-lighteval", None, lambda row: (row["problem"], _box(row["solution"]))),
-}
+def logp_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits (..., V) and targets (...) -> log-probability and, without gradient, entropy (...)."""
+    # At another temperature than the sampler's, ratios would be wrong from the first step.
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logp = -cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    logp = logp.view(targets.shape)
+    with torch.no_grad():
+        log_z = logits.gather(-1, targets[..., None]) - logp[..., None]
+        # Not by a matrix product, which autocast would round to half precision.
+        entropy = torch.special.entr((logits - log_z).exp_()).sum(-1)
+    return logp, entropy
 
 
-def _any_columns(row: dict) -> tuple[str, str]:
-    """Problem and answer of a row from an unknown hub set, by the usual column names."""
-    problem = next(row[name] for name in ("problem", "question", "prompt") if name in row)
-    if answer := next((row[name] for name in ("answer", "final_answer") if row.get(name)), None):
-        return problem, answer[0] if isinstance(answer, list) else str(answer).split("####")[-1]
-    return problem, _box(row["solution"])
+def plain_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Batches of at most max_tokens, padding included; a longer sample goes alone."""
+    batches, width = [], 0
+    # Side by side what is of similar length; the longest first, which shows at once what fits.
+    for s in sorted(samples, key=lambda s: -len(s.prompt + s.response)):
+        if not batches or (len(batches[-1]) + 1) * width > max_tokens:
+            batches.append([])
+            width = len(s.prompt + s.response)
+        batches[-1].append(s)
+    return batches
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows {"problem": str, "answer": str} of a JSON Lines file; raises UserError naming the first bad line."""
+class Engine(NamedTuple):
+    """What samples and computes log-probabilities. FAST, in part two, gives the same numbers."""
+
+    name: str
+    generate: Callable
+    token_logp: Callable
+    micro_batches: Callable
+
+
+PLAIN = Engine("plain", plain_generate, plain_logp, plain_micro_batches)
+
+
+# ------------------------------------------------------------------------------------------ update
+
+def chunks(samples: list[Sample], size: int) -> list[list[Sample]]:
+    """A rollout's mini-batches, or its groups."""
+    return [samples[i:i + size] for i in range(0, len(samples), size)]
+
+
+@torch.no_grad()
+def remember_old_logp(policy: "Policy", samples: list[Sample]):
+    """Note the log-probabilities of a mini-batch before the update: ratios are relative to them.
+
+    In the very micro-batches of `accumulate`: in others, rounding would move r away from 1.
+    """
+    for micro in policy.micro_batches(samples):
+        logp, _, mask = policy.token_logp(micro)
+        for s, row, where in zip(micro, logp, mask):
+            s.old_logp = row[where]
+
+
+def accumulate(policy: "Policy", samples: list[Sample], norm: float, cfg: Config) -> list[dict]:
+    """Leave the gradient of one mini-batch in .grad, a micro-batch at a time."""
+    policy.zero_grad()  # a pass that ran out of memory has left a part behind
+    stats = []
+    for micro in policy.micro_batches(samples):
+        ref_logp = policy.reference_logp(micro) if cfg.kl_coef else None
+        logp, entropy, mask = policy.token_logp(micro)
+        advantages = torch.tensor([[s.advantage] for s in micro]).to(logp)  # (B, 1)
+        old_logp, sampler_logp = torch.zeros_like(logp), torch.zeros_like(logp)
+        old_logp[mask] = torch.cat([s.old_logp for s in micro]).to(logp)
+        sampler_logp[mask] = torch.cat([s.sampler_logp for s in micro]).to(logp)
+        loss, micro_stats = policy_loss(
+            logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy,
+            ref_logp=ref_logp, sampler_logp=sampler_logp)
+        policy.backward(loss)
+        stats.append({name: values.cpu() for name, values in micro_stats.items()})
+    return stats
+
+
+def update(policy: "Policy", samples: list[Sample], cfg: Config) -> tuple[list, list[float]]:
+    """Train on one rollout. Returns policy_loss's stats and the gradient norm of each step."""
+    minibatches = chunks(samples, cfg.minibatch // world() * cfg.group_size)  # not shuffled
+    if cfg.mask_truncated:  # out of the sum and of the norm
+        minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
+    # A sample with advantage 0 has no gradient to compute. It still counts in the norm: left
+    # out, the few samples that do say something would be stepped along all the further.
+    active = [[s for s in batch if s.advantage or cfg.kl_coef] for batch in minibatches]
+
+    for batch in active:
+        policy.fit("micro_tokens", remember_old_logp, policy, batch)
+    stats, grad_norms = [], []
+    for epoch in range(cfg.epochs):
+        for i in progress(range(len(minibatches)), f"update {epoch + 1}/{cfg.epochs}"):
+            if all_sum(len(active[i])) == 0:
+                continue
+            sizes = [len(s.response) if cfg.loss_agg == "token" else 1 for s in minibatches[i]]
+            norm = all_sum(sum(sizes))  # of the mini-batch: its tokens, or its sequences
+            # accumulate(policy, ...), again in smaller micro-batches if memory runs out
+            stats += policy.fit("micro_tokens", accumulate, policy, active[i], norm, cfg)
+            grad_norms.append(policy.optimizer_step())
+    policy.refresh_sampler()
+    return stats, grad_norms
+
+
+# ----------------------------------------------------------------------------------- training loop
+
+def heldout_accuracy(policy: "Policy", problems: list[dict], cfg: Config,
+                     reward: Callable[[str, dict], float] = right_answer) -> float:
+    """Mean score of samples on problems that are never trained on; always the same seed."""
+    seed_step(cfg, 0)
+    samples = roll_out(policy, problems[rank()::world()], cfg.eval_samples, cfg, reward)
+    return all_sum(sum(s.correct for s in samples)) / all_sum(len(samples))
+
+
+def train(cfg: Config, reward: Callable[[str, dict], float] | None = None) -> dict:
+    """Run a training, or go on with it. Returns the last step's metrics.
+
+    reward: f(response, row as it was read) -> a finite float, instead of the answer checker.
+    Raises UserError on bad input, before any work.
+    """
+    run = open_run(cfg, reward)
+    policy = run.policy
+    if run.step == 0:
+        run.before = heldout_accuracy(policy, run.heldout, cfg, run.reward)
+        say(f"held-out accuracy before RL {run.before:.3f}")
+
+    metrics = {}
+    for step in range(run.step + 1, cfg.steps + 1):
+        seed_step(cfg, step)  # no step depends on the random numbers of another
+        started = time.perf_counter()
+
+        # 1. Sample a group of responses to each of the next prompts, and score them.
+        problems = run.stream.take(cfg.prompts // world())
+        samples = roll_out(policy, problems, cfg.group_size, cfg, run.reward)
+        if cfg.max_refills:
+            samples = refill(policy, samples, run, cfg)
+
+        # 2. Compare every response with its group.
+        rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)  # (Q, G)
+        advantages = group_advantages(rewards, cfg.divide_by_std)  # (Q, G)
+        for s, advantage in zip(samples, advantages.flatten().tolist()):
+            s.advantage = advantage
+        rolled_out = time.perf_counter()
+
+        # 3. Raise and lower log-probabilities, in several optimiser steps.
+        stats, grad_norms = update(policy, samples, cfg)
+        updated = time.perf_counter()
+
+        # 4. Report.
+        last = step == cfg.steps
+        metrics = {
+            "step": step,
+            **rollout_metrics(all_gather(samples), cfg),
+            **update_metrics(all_gather(stats), grad_norms, cfg),
+            "lr": policy.learning_rate(),
+            "sample_seconds": rolled_out - started,
+            "update_seconds": updated - rolled_out,
+        }
+        if last or (cfg.eval_every and step % cfg.eval_every == 0):
+            metrics["heldout_accuracy"] = heldout_accuracy(policy, run.heldout, cfg, run.reward)
+        run.log(metrics, samples)  # raises Broken where the model is
+
+        # 5. Save. A run that is stopped here goes on with --resume as if it had not been.
+        stop = run.asked_to_stop()
+        if stop or last or (cfg.save_every and step % cfg.save_every == 0):
+            run.save(step, samples)
+        if stop:
+            break
+    run.finish(metrics)
+    return metrics
+
+
+# ====================================================================== PART TWO: the engine room
+# You know the method now. Each room opens with what it does, what it promises, when to touch it.
+
+
+class UserError(Exception):
+    """Bad input. `main` prints the message as one line and exits with status 2."""
+
+
+class Broken(UserError):
+    """There is no model left to train. Exit status 1."""
+
+
+@contextlib.contextmanager
+def explain(what: str):
+    """Turn whatever goes wrong inside into one line: libraries raise a dozen types."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --data {path}: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        raise UserError(f"{what}: {reason}{missing}") from error
+
+
+# ------------------------------------------------------------------------------------------ extras
+# Of the rollout, the reward and the loss. Each is off by default and has a knob.
+# Touch it for a recipe of your own.
+
+def is_uniform(group: list[Sample]) -> bool:
+    """All rewards are equal: nothing can be learned from this group."""
+    return all(s.reward == group[0].reward for s in group)
+
+
+def refill(policy: "Policy", samples: list[Sample], run: "Run", cfg: Config) -> list[Sample]:
+    """Dynamic sampling (DAPO): other problems for those with a uniform group.
+
+    Uniform groups of the last refill stay, with advantages of 0.
+    """
+    n_groups = len(samples) // cfg.group_size
+    for _ in range(cfg.max_refills):
+        groups = chunks(samples, cfg.group_size)
+        kept = [s for group in groups if not is_uniform(group) for s in group]
+        missing = n_groups - len(kept) // cfg.group_size
+        if all_sum(missing) == 0:
+            break
+        problems = run.stream.take(missing)
+        samples = kept + roll_out(policy, problems, cfg.group_size, cfg, run.reward)
+    return samples
+
+
+def overlong_penalty(length: int, cfg: Config) -> float:
+    """0 until overlong_buffer tokens before the limit, then falling to -1 (DAPO, eq. 13)."""
+    over = length - (cfg.max_new_tokens - cfg.overlong_buffer)
+    return -over / cfg.overlong_buffer if cfg.overlong_buffer and over > 0 else 0.0
+
+
+def entropy_dependent_eps(entropy: Tensor, mask: Tensor) -> Tensor:
+    """0.4 for each response's 20 % most uncertain tokens, else 0.2 (Archer, arXiv 2507.15778)."""
+    without_padding = entropy.float().masked_fill(~mask, math.nan)
+    threshold = without_padding.nanquantile(0.8, -1, keepdim=True)
+    return torch.where(entropy > threshold, 0.4, 0.2)
+
+
+# ----------------------------------------------------------------------------------------- metrics
+# Behind each one: what a healthy value looks like. Means are over the samples, or over the tokens
+# of all optimiser steps, of all processes. What is returned here is in metrics.jsonl.
+
+def mean(values) -> float | None:
+    """None of nothing: no tokens of this sign."""
+    values = torch.as_tensor(values, dtype=torch.float)
+    return values.mean().item() if len(values) else None
+
+
+def repetition(text: str, n: int = 20) -> float:
+    """Share of the text's n-word n-grams that occurred before in it."""
+    words = text.split()
+    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def rollout_metrics(samples: list[Sample], cfg: Config) -> dict:
+    """Of the sampled responses."""
+    rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)
+    tokens = sum(len(s.response) for s in samples)
+    return {
+        "reward": rewards.mean().item(),  # climbs; flat at 0: nothing is learned
+        "reward_std": rewards.std(-1).mean().item(),  # above 0: within groups, it is the signal
+        "accuracy": mean([s.correct for s in samples]),  # the reward without penalties
+        # falls slowly; near 0 exploration is over
+        "entropy": sum(s.entropy * len(s.response) for s in samples) / tokens,
+        "response_length": tokens / len(samples),  # no jump to 0 or to the limit
+        "truncated": mean([s.truncated for s in samples]),  # under 0.1
+        "repetition": mean([repetition(s.text) for s in samples]),  # under 0.1
+        # well under `prompts`: they carry no signal
+        "uniform_groups": sum(map(is_uniform, chunks(samples, cfg.group_size))),
+        "tokens": tokens,
+    }
+
+
+def update_metrics(stats: list[dict], grad_norms: list[float], cfg: Config) -> dict:
+    """Of the optimiser steps; pos and neg are good and bad tokens, None where there are none."""
+    finite = [g for g in grad_norms if math.isfinite(g)]
+    names = stats[0] if stats else ["advantage", "log_ratio", "weight", "old_prob", "mismatch"]
+    of = {name: torch.cat([torch.zeros(0), *(s[name] for s in stats)]).float() for name in names}
+    log_ratio, weight, unlikely = of["log_ratio"].clamp(-20, 20), of["weight"], of["old_prob"] < 0.5
+    r = ratio(log_ratio)
+    result = {
+        "grad_norm": mean(finite) or 0.0,  # steady; 0 if there was no step
+        "skipped_steps": len(grad_norms) - len(finite),  # not finite: 0; with fp16 a few
+        "approx_kl": mean(r - 1 - log_ratio),  # of pi_old and pi: under 0.05
+        # |log pi_old - the sampler's|: 1e-6 in fp32, more in half precision
+        "sampler_mismatch": mean(of["mismatch"]),
+    }
+    if cfg.kl_coef:
+        result["kl_ref"] = mean(of.get("kl_ref", []))  # to the initial model: grows slowly
+    for sign, these in (("pos", of["advantage"] > 0), ("neg", of["advantage"] < 0)):
+        dual = weight >= cfg.dual_clip if sign == "pos" else r > cfg.dual_clip
+        result |= {
+            # near 1; above it for pos and below for neg, when updates do what they should
+            f"ratio_{sign}": mean(r[these]),
+            # grpo: as the ratio; aspo: its mirror image for pos, which is the paper's point
+            f"weight_{sign}": mean(weight[these]),
+            # of tokens with pi_old < 0.5: these move furthest from 1
+            f"weight_{sign}_low": mean(weight[these & unlikely]),
+            f"weight_{sign}_high": mean(weight[these & ~unlikely]),  # near 1
+            # w = 0 by PPO's clip: under 0.1; more: lower lr
+            f"clip_frac_{sign}": mean(((weight == 0) & ~dual)[these]),
+            f"dual_clip_frac_{sign}": mean(dual[these]),  # capped or dropped: near 0
+        }
+    return result
+
+
+# ---------------------------------------------------------------------------------------- problems
+# Each is {"problem": text, "answer": gold, "messages": the chat of a row that had one, "row": as it
+# was read}. Held-out ones are never trained on, and are the same for every seed, so that runs
+# compare. Touch it to bring your own data; files and sets with the usual columns need no line here.
+
+HUB_DATA = {  # name: hub id, configuration
+    "gsm8k": ("openai/gsm8k", "main"),
+    "svamp": ("ChilleD/SVAMP", "default"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "default"),
+}
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "Problem", "Question", "query", "input")
+ANSWER_COLUMNS = ("answer", "final_answer", "Answer", "ground_truth", "target", "solution")
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+INSTRUCTIONS = {"arithmetic": "", "sums": "Finish with 'The answer is' and the number."}
+
+
+def arithmetic() -> list[dict]:
+    """The 625 sums of four numbers from 1 to 5: "3+1+5+2"."""
+    terms = itertools.product(range(1, 6), repeat=4)
+    return [{"problem": "+".join(map(str, t)), "answer": sum(t)} for t in terms]
+
+
+def sums() -> list[dict]:
+    """361 sums in words, for a chat model that cannot add well: "What is 18 + 7?"."""
+    pairs = itertools.product(range(2, 21), repeat=2)
+    return [{"problem": f"What is {a} + {b}?", "answer": a + b} for a, b in pairs]
+
+
+BUILT_IN = {"arithmetic": arithmetic, "sums": sums}
+
+
+def make_problem(row: dict) -> dict:
+    """A problem from a row with the usual columns. Raises ValueError."""
+    inner = row.get("reward_model")  # of sets made for verl
+    columns = row | inner if isinstance(inner, dict) else row
+
+    def first(names: tuple):
+        return next((columns[n] for n in names if columns.get(n) not in (None, "", [])), None)
+
+    question, answer = first(PROBLEM_COLUMNS), first(ANSWER_COLUMNS)
+    if row.get("Body"):  # SVAMP tells its story in two columns
+        question = f"{row['Body']} {row['Question']}"
+    if question is None or answer is None:
+        raise ValueError(f"found the columns {', '.join(map(str, row))}; looked for a problem in "
+                         f"{', '.join(PROBLEM_COLUMNS)}, for its answer in "
+                         f"{', '.join(ANSWER_COLUMNS)}")
+    messages = question if isinstance(question, list) else None
+    text = "\n".join(m["content"] for m in messages) if messages else str(question)
+    gold = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    # GSM8K's "... #### 7" and MATH's "... \boxed{7}"; a bare answer stays what it is.
+    extracted = extract_answer(gold)
+    if answer is row.get("solution") and not extracted:
+        raise ValueError("the solution has no \\boxed{} answer")
+    text, gold = text.strip(), (extracted or gold).strip()
+    if not text or not gold or re.fullmatch("[-+]?(nan|inf|infinity)", gold, re.I):
+        raise ValueError(f"problem and answer must not be empty, and {gold!r} is no answer")
+    f"{text}{gold}".encode()  # raises for half of a surrogate pair, which no tokenizer takes
+    return {"problem": text, "answer": gold, "messages": messages, "row": row}
+
+
+def make_problems(rows: list, where: str, strict: bool = True) -> list[dict]:
+    """Each different problem once: a copy on the other side of the split would be no held-out one.
+
+    Raises UserError for a row that is none; not strict: leaves it out.
+    """
+    found, failure = {}, None
+    for number, row in enumerate(progress(rows, f"reading {where}"), 1):
         try:
-            row = json.loads(line)
-            problem, answer = row["problem"], row["answer"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number}: expected {{"problem": "...", "answer": "..."}}, got {line[:80]}') from None
-        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-            answer = str(answer)
-        if not (isinstance(problem, str) and problem.strip() and isinstance(answer, str) and answer.strip()):
-            raise UserError(f"{path}, line {number}: problem and answer must be non-empty text, got {line[:80]}")
-        rows.append({"problem": problem, "answer": answer.strip()})
-    if not rows:
-        raise UserError(f"{path} holds no problems; expected lines like {{\"problem\": \"2+2\", \"answer\": \"4\"}}")
-    return rows
+            with explain(f'{where} {number}: expected {{"problem": "...", "answer": "..."}}'):
+                if isinstance(row, str) and not row.strip():
+                    continue
+                problem = make_problem(json.loads(row) if isinstance(row, str) else row)
+                found.setdefault(problem["problem"], []).append(problem)
+        except UserError as error:
+            if strict:
+                raise
+            failure = failure or error
+    if failure:
+        say(f"warning: rows without a problem or an answer are left out; the first is {failure}")
+    n_rows = sum(map(len, found.values()))
+    if n_rows > len(found):
+        say(f"{where}: {n_rows} rows hold {len(found)} different problems; the first of each stays")
+    return [copies[0] for copies in found.values()]
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Problems of a file: JSON Lines, a JSON array, .csv or .parquet. Raises UserError."""
+    path, place = Path(path), "row"
+    say(f"reading {path}")
+    with explain(f"cannot read {path}"):
+        if path.suffix == ".parquet":
+            from pyarrow import parquet  # comes with datasets
+
+            rows = parquet.read_table(path).to_pylist()
+        else:
+            text = path.read_text("utf-8-sig")
+            if path.suffix == ".csv":
+                rows = list(csv.DictReader(io.StringIO(text)))
+            elif text.lstrip().startswith("["):
+                rows = json.loads(text)
+            else:  # not splitlines(): U+2028 and its like may stand inside a string
+                rows, place = text.split("\n"), "line"
+    if problems := make_problems(rows, f"{path}, {place}"):
+        return problems
+    raise UserError(f'{path} holds no problems; expected {{"problem": "2+2", "answer": "4"}}')
 
 
 def load_problems(cfg: Config) -> tuple[list[dict], list[dict]]:
-    """Training and held-out problems, disjoint. The held-out ones do not depend on the seed, so that runs compare."""
-    if cfg.data == "arithmetic":
-        train, heldout = all_arithmetic_problems(), []
-    elif Path(cfg.data).suffix in (".jsonl", ".json") or Path(cfg.data).exists():
-        train, heldout = read_jsonl(Path(cfg.data)), []
+    """Problems to train on, and held-out ones. Raises UserError."""
+    heldout = []
+    if cfg.data in BUILT_IN:
+        train = make_problems(BUILT_IN[cfg.data](), cfg.data)
+    elif Path(cfg.data).is_file() or Path(cfg.data).suffix in FILES:
+        train = read_jsonl(cfg.data)
     else:
-        train, heldout = load_hub_problems(cfg.data)
+        where = HUB_DATA.get(cfg.data, (cfg.data,))
+        with explain(f"cannot load --data {cfg.data} ({where[0]} on the hub)"):
+            from datasets import load_dataset  # a second that offline runs need not spend
+
+            splits = load_dataset(*where)
+            train = make_problems(splits["train"], "train, row", strict=False)
+            heldout = make_problems(splits.get("test", []), "test, row", strict=False)
+            if not train:
+                make_problem(splits["train"][0])  # raises, and says what is missing
     random.Random(0).shuffle(heldout or train)
-    if not heldout:  # cut them off the training problems
-        heldout = train[:max(1, min(cfg.eval_problems, len(train) // 5))]
-    heldout = heldout[:cfg.eval_problems]
-    seen = {row["problem"] for row in heldout}
-    train = [row for row in train if row["problem"] not in seen]
+    heldout = (heldout or train[:max(1, len(train) // 5)])[:cfg.eval_problems]
+    seen = {problem["problem"] for problem in heldout}
+    train = [problem for problem in train if problem["problem"] not in seen]
     if not train:
-        raise UserError(f"--data {cfg.data} leaves nothing to train on besides {len(heldout)} held-out problems; add problems")
+        raise UserError(f"--data {cfg.data} leaves nothing to train on besides {len(heldout)} "
+                        "held-out problems; add problems")
     return train, heldout
 
 
-def load_hub_problems(name: str) -> tuple[list[dict], list[dict]]:
-    """Problems of the train and test splits of a name in HUB_DATA or a hub id; raises UserError."""
-    from datasets import load_dataset  # a second of import time that offline runs need not pay
-
-    hub_id, config, read = HUB_DATA.get(name, (name, None, _any_columns))
-    try:
-        splits = load_dataset(hub_id, config)
-        parts = []
-        for split in ("train", "test"):
-            pairs = (read(row) for row in (splits[split] if split in splits else ()))
-            parts.append([{"problem": problem.strip(), "answer": str(answer).strip()} for problem, answer in pairs])
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load --data {name} ({hub_id} on the hub): {reason}. Known names: arithmetic, "
-                        f"{', '.join(HUB_DATA)}; or give a .jsonl file") from None
-    train, heldout = ([row for row in part if row["problem"] and row["answer"]] for part in parts)
-    if not train:
-        raise UserError(f"--data {name} has no training problems with an answer")
-    return train, heldout
+def digest(*parts) -> str:
+    """Of anything that prints: has it changed since the checkpoint?"""
+    return hashlib.sha256(repr(parts).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-class ProblemStream:
-    """Endless problems, every pass in a new order that depends on the seed and the pass alone."""
+class Stream:
+    """Endless problems; the order of each pass depends on the seed and the pass alone."""
 
     def __init__(self, problems: list[dict], seed: int):
         self.problems, self.seed, self.position = problems, seed, 0
 
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch: int) -> list[int]:
+        shuffled = random.Random(f"{self.seed}-{epoch}")
+        return shuffled.sample(range(len(self.problems)), len(self.problems))
+
     def take(self, n: int) -> list[dict]:
-        """The next n problems."""
-        taken = []
-        for _ in range(n):
-            epoch, i = divmod(self.position, len(self.problems))
-            if i == 0 or not hasattr(self, "order"):
-                self.order = random.Random(f"{self.seed}-{epoch}").sample(range(len(self.problems)), len(self.problems))
-            taken.append(self.problems[self.order[i]])
-            self.position += 1
-        return taken
+        """This process's next n problems. They take turns, so all must call it together."""
+        start = self.position
+        self.position += max(all_gather([n])) * world()
+        places = range(start + rank(), self.position, world())[:n]
+        each = (divmod(place, len(self.problems)) for place in places)
+        return [self.problems[self.order(epoch)[i]] for epoch, i in each]
 
 
-# ----------------------------------------------------------------------------------------------- model and prompts
+def open_reward(cfg: Config, reward: Callable | None) -> Callable[[str, dict], float]:
+    """The reward of (response, problem): the answer checker, or one's own with its faults named."""
+    if reward is None and cfg.reward is None:
+        return right_answer
+    if reward is None:
+        with explain(f"--reward {cfg.reward}: expected FILE.py:NAME of f(response, row) -> float"):
+            path, name = cfg.reward.rsplit(":", 1)
+            reward = runpy.run_path(path)[name]
+
+    def own_reward(response: str, problem: dict) -> float:
+        with explain(f"the reward {getattr(reward, '__name__', reward)} failed on the problem "
+                     f"{problem['problem'][:80]!r} and the response {response[:80]!r}"):
+            value = float(reward(response, problem["row"]))
+            if not math.isfinite(value):
+                raise ValueError(f"it is {value}, expected a finite number")
+        return value
+
+    return own_reward
 
 
-def tiny_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
-    """An untrained Qwen2 of 0.3 M parameters with one token per character, so that a CPU can train it in a minute."""
+# ---------------------------------------------------------------------------------------- toy task
+# A model of 0.3 M parameters, and the demonstrations that it learns the format from.
+# A run on two CPU cores takes two minutes, and shows all that happens in a large one.
+# Touch it for a toy of your own.
+
+def tiny_model():
+    """An untrained Qwen2 of 0.3 M parameters with one token per character, and its tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    # Byte-level BPE without merges is one token per character. It must be byte-level: for any Qwen2 model AutoTokenizer
-    # loads Qwen2Tokenizer, which reads the vocabulary that way whatever class was saved.
+    # Byte-level, as AutoTokenizer reads the vocabulary of any Qwen2 model that way.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters = [byte_level.pre_tokenize_str(character)[0][0] for character in DIGITS_AND_SIGNS]
+    letters = [byte_level.pre_tokenize_str(c)[0][0] for c in "0123456789+=\n# "]
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
     characters = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     characters.pre_tokenizer, characters.decoder = byte_level, decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}"
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.04,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
-    model.set_attn_implementation("packed")  # see packed_attention
-    return model, tokenizer
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}")
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, initializer_range=0.04, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)), tokenizer
+
+
+def sloppy_demonstration(problem: str, rng: random.Random) -> str:
+    """A sum worked out by merging neighbours, a quarter of them one or two too high.
+
+    "3+1+5+2" -> "3+6+2=9+2=11\n#### 11". The order is free, so there are several right ways, and
+    a model this small cannot answer at once: working in steps is the only way to the reward.
+    """
+    terms, states = [int(term) for term in problem.split("+")], []
+    while len(terms) > 1:
+        i = rng.randrange(len(terms) - 1)
+        slip = rng.choice((1, 2)) if rng.random() < 0.25 else 0
+        terms[i:i + 2] = [terms[i] + terms[i + 1] + slip]
+        states.append("+".join(map(str, terms)))
+    return "=".join(states) + f"\n#### {terms[0]}"
+
+
+def warm_up(model, tokenizer, problems: list[dict], cfg: Config):
+    """Teach the tiny model the format, and some arithmetic, from 32 demonstrations a step."""
+    rng = random.Random(cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, cfg.sft_steps // 10, cfg.sft_steps)
+    for _ in progress(range(cfg.sft_steps), "warm-up"):
+        ids, labels = [], []
+        for row in rng.choices(problems, k=32):
+            prompt = tokenizer(row["problem"] + "=").input_ids
+            demonstration = tokenizer(sloppy_demonstration(row["problem"], rng)).input_ids
+            ids.append(torch.tensor(prompt + demonstration + [tokenizer.eos_token_id]))
+            labels.append(ids[-1].clone())
+            labels[-1][:len(prompt)] = -100
+        # Padding comes last, so that causality hides it.
+        model(input_ids=pad_sequence(ids, True), use_cache=False,
+              labels=pad_sequence(labels, True, -100)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------ models and prompts
+# A model with fp32 weights, its tokenizer, and what ends a response.
+# Works for any causal language model of transformers on which padding has no effect.
+# Touch it for a model that loads in its own way, or for the settings of an alias.
+
+SAVING = dict(gradient_checkpointing=True)
+PRESETS = {  # alias: hub id, settings. Sized for one GPU of 16 to 24 GB, from 1.5B on of 40 GB
+    "tiny": (None, dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40,
+                        lr=4e-4, eval_every=11)),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
+    "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", SAVING),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", SAVING | dict(sample_rows=64)),  # 9 times the cache of 0.5b
+    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", SAVING),
+    "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B",
+                       SAVING | dict(max_new_tokens=1024, sample_rows=128)),
+    "r1-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+                SAVING | dict(max_new_tokens=4096, sample_rows=64)),
+}
+
+
+def what_lacks(folder: Path) -> str | None:
+    """Why a folder is no model, in words that help; None if nothing is missing."""
+    names = [path.name for path in folder.iterdir()]
+    if "adapter_config.json" in names:
+        return "it is an adapter: merge it into its base model first (peft's merge_and_unload)"
+    if "metrics.jsonl" in names:
+        return f"it is the folder of a run: type --model {folder / 'checkpoint'}"
+    if "config.json" not in names:
+        return "it has no config.json"
+    if not any(re.match(r"tokenizer|vocab|spiece|.*\.model$", name) for name in names):
+        return "it has no tokenizer (tokenizer.json)"
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        return "it has no weights (model.safetensors)"
 
 
 def load_model(cfg: Config):
-    """(model in fp32 on the CPU, tokenizer) for a preset, a hub id or a local folder; raises UserError."""
+    """(model with fp32 weights on the CPU, tokenizer) of --model. Raises UserError."""
     if cfg.model == "tiny":
         return tiny_model()
-    name = PRESETS.get(cfg.model, (cfg.model, {}))[0]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # missing, no network, not a model, unreadable: each its own type
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load --model {cfg.model}: {reason} Type tiny, {', '.join(list(PRESETS)[1:])}, "
-                        "a hub id or a folder with config.json and weights") from None
-    for module in model.modules():  # dropout would make the ratio differ from 1 before the first update
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    try:
-        gap = probe(model)
-    except Exception as error:  # whatever an unusual architecture makes of our masks and cache
-        gap = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-    if not (isinstance(gap, float) and gap < 1e-3):
-        raise UserError(f"--model {cfg.model}: sampler and trainer do not agree on a {type(model).__name__} ({gap}), for example "
-                        "because it changes its logits after the output layer or does attention in a way of its own; choose a Qwen, Llama, "
-                        "Mistral or similar model")
+    source, _ = PRESETS.get(cfg.model, (cfg.model, {}))
+    if Path(source).is_dir() and (reason := what_lacks(Path(source))):
+        raise UserError(f"cannot load --model {cfg.model}: {reason}")
+    with explain(f"cannot load --model {cfg.model}; expected {', '.join(PRESETS)}, a hub id or a "
+                 "folder"):
+        # A model that brings code of its own would run it here.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"--model {cfg.model}: its weights are not finite, first in {name}")
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # a loss of its own, over padding as well
     return model, tokenizer
 
 
-@torch.no_grad()
-def probe(model) -> float:
-    """Switch to packed attention; the largest difference that it makes to log-probabilities of a few greedy tokens."""
-    prompts = [[5, 6, 7, 8], [9, 10]]
-    drawn = sample(model.eval(), prompts, 1, stop_ids=[], pad_id=0, max_new_tokens=4, temperature=0)
-    packed = pack([Sample("", "", prompt, response, "", 0.0, False, 0.0) for prompt, (response, _, _) in zip(prompts, drawn)],
-                  model.device)
-    model.set_attn_implementation("packed")
-    logp = token_logp(model, packed, 1.0)[0][packed.mask]
-    return (logp - torch.cat([sampled for _, sampled, _ in drawn])).abs().max().item()
-
-
-def pad_token(tokenizer) -> int:
-    """Any id will do where there is none: masks are made from lengths, never by looking for padding."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def context(model) -> float:
+    """How many tokens a row may have. Beyond the original length, rope types longrope and dynamic
+    encode a position by what else is in the batch; for dynamic that is the length in the config."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [settings.get("original_max_position_embeddings") or
+              getattr(config, "original_max_position_embeddings", None) or math.inf
+              for settings in (rope, *rope.values())  # some models have one for each kind of layer
+              if isinstance(settings, dict) and settings.get("rope_type") == "longrope"]
+    return min([getattr(config, "max_position_embeddings", None) or math.inf, *limits])
 
 
 def stop_tokens(model, tokenizer) -> list[int]:
-    """Every id that ends a response: chat models often have two, one of them only in generation_config."""
-    ids = model.generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
-def encode(tokenizer, problem: str, cfg: Config) -> list[int]:
-    """Prompt token ids of one problem, through the tokenizer's chat template where it has one."""
-    text = f"{problem}\n{cfg.instruction}" if cfg.instruction else problem
+    """Every id that ends a response: chat models often have two, one in their template alone."""
+    eos = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
-                                             enable_thinking=cfg.thinking)
-        return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them already
-    return tokenizer(f"Question: {text}\nAnswer:").input_ids
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+        with explain("the chat template cannot write a question and its answer"):
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        _, _, behind = text.rpartition("ANSWER")
+        if "ANSWER" in text and behind.strip():
+            ending = tokenizer(behind.strip(), add_special_tokens=False).input_ids
+            if len(ending) == 1 or ending[0] in tokenizer.added_tokens_decoder:
+                ids.add(ending[0])
+    ids = sorted(i for i in ids if isinstance(i, int) and i >= 0)
+    if not ids:
+        raise UserError("no token is known that ends a response: none in the model's config, its "
+                        "tokenizer or its chat template; set eos_token in tokenizer_config.json")
+    return ids
 
 
-def check_prompts(problems: list[dict], model, tokenizer, cfg: Config) -> list[int]:
-    """The longest prompt's ids. Raises UserError if a prompt and its response do not fit the context, or the vocabulary
-    lacks its characters."""
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    longest = []
-    for row in problems:
-        ids = encode(tokenizer, row["problem"], cfg)
-        if len(ids) + cfg.max_new_tokens > context:
-            raise UserError(f"a prompt of {len(ids)} tokens + --max_new_tokens {cfg.max_new_tokens} exceeds the model's context "
-                            f"of {context}: shorten it or lower --max_new_tokens; it begins {row['problem'][:60]!r}")
-        if cfg.model == "tiny" and tokenizer.unk_token_id in ids:
-            raise UserError(f"the tiny model reads only the characters {DIGITS_AND_SIGNS!r}; choose another --model for "
-                            f"{row['problem'][:60]!r}")
-        longest = max(longest, ids, key=len)
-    return longest
+# -------------------------------------------------------------------------------- drawing and rows
+# What both engines need: a token from probabilities, and a vocabulary's logits a part at a time.
+# The distribution is exact; what is kept for the backward pass does not grow with the vocabulary.
+# Touch it for another way to sample, such as min-p.
 
+def draw(probs: Tensor) -> Tensor:
+    """A token (B,) from probabilities (B, V): where the running sum passes a uniform number.
 
-# -------------------------------------------------------------------------------------------------------- sampling
-# Each prompt is read once (`prefill`); then every response grows by a token at a time (`decode_step`, `pick`). What a
-# decode step reads and writes stays at fixed addresses in a `Decoder`, so that on CUDA a step is one replayed graph.
-
-CHECK_EVERY = 8  # decode steps between looks at which rows have stopped; a look makes a GPU wait for the host
-CONTEXT_STEP = 256  # a CUDA graph is captured for every so many columns of the key/value cache
-CACHE = "cache" if "cache" in inspect.signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"  # before 5.24
-
-
-def prefill(model, prompts: list[list[int]], pad_id: int):
-    """Read each prompt once: next-token logits (Q, V), the cache, and which of its columns are no padding, (Q, P) bool."""
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)  # (Q, P), left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a prompt's positions
-    out = model(tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], out[CACHE], mask.bool()
-
-
-def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a token (N,) from logits (N, V); temperature 0 takes the most likely one.
-
-    Returns it, its log-probability (N,) and the entropy (N,) in nats, both before top_p.
+    In two steps, first one of 64 blocks: a running sum over 150,000 tokens, in double as rounding
+    must not let through a token of probability 0, would move more memory than a 0.5B model.
     """
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    probs = logp.exp()
-    entropy = -(probs * logp.clamp(min=-1e4)).sum(-1)  # 0 * -inf would be NaN
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        if top_p < 1:
-            ranked, order = probs.sort(-1, descending=True)
-            ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
-            probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
-        # the token at which the running sum passes a uniform number: one a row, where multinomial draws one a token. In
-        # double, so that rounding never lets a token of probability 0 through; 1 - [0, 1) is never 0
-        cdf = probs.cumsum(-1, dtype=torch.double)
-        token = torch.searchsorted(cdf, (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:])[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)  # NaN is found beyond the end
-    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+    if probs.shape[-1] % 64:
+        probs = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % 64))
+    blocks = probs.unflatten(-1, (64, -1))  # (B, 64, V / 64)
+    ends = blocks.sum(-1).double().cumsum(-1)  # (B, 64)
+    # 1 - [0, 1) is never 0. Where a policy has diverged, NaN is found beyond the end.
+    uniform = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]
+    block = torch.searchsorted(ends, uniform).clamp(max=63)  # (B, 1)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[-1]))[:, 0]
+    inside = inside.double().cumsum(-1)
+    begin = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    share = (uniform - begin) / (ends.gather(1, block) - begin)
+    place = torch.searchsorted(inside, share * inside[:, -1:]).clamp(max=inside.shape[-1] - 1)
+    return (block * blocks.shape[-1] + place)[:, 0]
 
 
-class RowCache(Cache):
-    """Keys and values (R, heads, C, D) of every layer, of which the first `rows` and `columns` are in use. Unlike
-    transformers' StaticCache it repeats a prompt for its group, lets rows go, and shows attention only what is in use."""
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The most likely tokens that reach top_p together keep their probabilities, others get 0."""
+    ranked, order = probs.sort(-1, descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
+    return torch.zeros_like(probs).scatter_(-1, order, ranked)
 
-    def __init__(self, prompt_cache: Cache, rows: int, columns: int):
+
+def logits_at_once(device: torch.device) -> int:
+    """In fp32: 128 MiB a copy on a CPU, 512 MiB on a GPU, which reads the head for each part."""
+    return 2**27 if device.type == "cuda" else 2**25
+
+
+def by_rows(work, x: Tensor, targets: Tensor, *args, logits_per_row: int | None = None):
+    """work(x, targets, *args), a few rows at a time, each done again for the backward pass."""
+    rows = max(1, logits_at_once(x.device) // max(1, logits_per_row or x[0].numel()))
+    parts = [checkpoint(work, *pair, *args, use_reentrant=False, preserve_rng_state=False)
+             for pair in zip(x.split(rows), targets.split(rows))]
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+# -------------------------------------------------------------------------------- fast: the decoder
+# Reads each prompt once for all of its responses, which then grow by a token at a time; those that
+# have ended leave the batch. Same distribution as plain_generate, same greedy tokens.
+# Touch it for another cache. On CUDA a step is recorded once for each size and then replayed, so in
+# `step` tensors keep their addresses, and no Python value may change.
+
+LOOK_EVERY = 8  # steps between looks at which rows have stopped: a look makes a GPU wait
+COLUMN_STEP = 256  # columns of the cache are rounded up to a multiple of this on CUDA
+CACHE = "cache" if "cache" in inspect.signature(
+    transformers.Qwen2ForCausalLM.forward).parameters else "past_key_values"  # before 5.24
+
+
+class RowCache(transformers.Cache):
+    """Keys and values of every layer, (rows, heads, columns, D), of which some are in use.
+
+    transformers' StaticCache would read all columns in every step, and cannot repeat a prompt for
+    its group or let rows go.
+    """
+
+    def __init__(self, prompt_cache: transformers.Cache, rows: int, columns: int):
         super().__init__(layers=[])
-        self.buffers = [[x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in (layer.keys, layer.values)]
-                        for layer in prompt_cache.layers]
-        self.column = torch.zeros(1, dtype=torch.long, device=self.buffers[0][0].device)  # where the next token goes
+        self.buffers = [[x.new_zeros(rows, x.shape[1], columns, x.shape[3])
+                         for x in (layer.keys, layer.values)] for layer in prompt_cache.layers]
+        self.rows, self.columns = rows, columns  # in use
+        self.column = torch.zeros(1, dtype=torch.long, device=self.buffers[0][0].device)  # next
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
-        for buffer, new in zip(self.buffers[layer_idx], (keys, values)):
-            buffer[:self.rows].index_copy_(2, self.column, new)
-        return [buffer[:self.rows, :, :self.columns] for buffer in self.buffers[layer_idx]]
+        """Write one column; all of what is in use goes to attention."""
+        used = [x[:self.rows, :, :self.columns] for x in self.buffers[layer_idx]]
+        for buffer, new in zip(used, (keys, values)):
+            buffer.index_copy_(2, self.column, new)
+        return used
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns - 1
@@ -546,96 +1139,126 @@ class RowCache(Cache):
 
 
 class Decoder:
-    """The responses that are being sampled. `bucketed` (as on CUDA) rounds rows and columns up to few sizes, for each of
-    which `graphs` captures a CUDA graph; a decoder that is used again keeps them."""
+    """The responses that are being sampled, a row each."""
 
-    def __init__(self, model, graphs: bool = True, bucketed: bool | None = None):
-        self.model, on_cuda = model, model.device.type == "cuda"
-        self.capturing, self.bucketed = graphs and on_cuda, on_cuda if bucketed is None else bucketed
-        self.clear()
+    def __init__(self, model, bucketed: bool | None = None):
+        self.model = model
+        self.graphs_on = model.device.type == "cuda"
+        self.bucketed = self.graphs_on if bucketed is None else bucketed
+        self.cache, self.graphs, self.pool = None, {}, None
 
-    def clear(self) -> None:
-        self.cache, self.graphs = None, {}
-        self.pool = torch.cuda.graph_pool_handle() if self.capturing else None  # graphs use the same memory in turns
-
-    def row_bucket(self, n: int) -> int:
-        """n, or the next 2^k or 3 * 2^k."""
+    def round_rows(self, n: int) -> int:
+        """n, or on CUDA the next 2^k or 3 * 2^k: few sizes, few graphs."""
         power = 1 << (n - 1).bit_length()
-        return n if not self.bucketed else power * 3 // 4 if n <= power * 3 // 4 and power > 3 else power
+        if not self.bucketed:
+            return n
+        return power * 3 // 4 if power > 3 and n <= power * 3 // 4 else power
 
-    def column_bucket(self, n: int) -> int:
-        return -(-n // CONTEXT_STEP) * CONTEXT_STEP if self.bucketed else n
+    def round_columns(self, n: int) -> int:
+        return -(-n // COLUMN_STEP) * COLUMN_STEP if self.bucketed else n
 
-    def start(self, prompts: list[list[int]], group_size: int, pad_id: int, max_new_tokens: int) -> Tensor:
-        """Prefill and lay every prompt's cache out for the rows of its group; returns the first logits (Q*G, V)."""
-        logits, prompt_cache, visible = prefill(self.model, prompts, pad_id)
-        (n, width), device = (len(prompts) * group_size, visible.shape[1]), logits.device
-        rows, columns = self.row_bucket(n), self.column_bucket(width + max_new_tokens)
-        if self.cache is None or not self.bucketed or rows > len(self.row) or columns > self.hidden.shape[1]:
-            self.clear()
-            self.cache = RowCache(prompt_cache, rows, columns)
-            self.hidden = torch.empty(rows, columns, dtype=self.model.dtype, device=device)  # added to attention's scores
-            self.row, self.token = torch.empty(2, rows, dtype=torch.long, device=device)  # response that a row writes
-            self.position = torch.empty(rows, 1, dtype=torch.long, device=device)
-            self.t = torch.empty(1, dtype=torch.long, device=device)
-            self.tokens = torch.empty(rows, columns, dtype=torch.long, device=device)
-            self.logps, self.entropies = torch.empty(2, rows, columns, device=device)
+    def allocate(self, prompt_cache: transformers.Cache, rows: int, columns: int):
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(*shape, dtype=dtype, device=self.model.device)
+
+        self.graphs = {}
+        self.cache = RowCache(prompt_cache, rows, columns)
+        self.row = zeros(rows)  # the response that each row writes
+        self.token = zeros(rows)  # its last token
+        self.position = zeros(rows, 1)  # where that stands in its sequence
+        self.bias = zeros(rows, columns, dtype=self.model.dtype)  # added to scores: 0 or -inf
+        self.t = zeros(1)  # how many tokens have been written
+        self.tokens = zeros(rows, columns)  # what has been written, a row per response
+        self.logps = zeros(rows, columns, dtype=torch.float)
+        self.entropies = zeros(rows, columns, dtype=torch.float)
+
+    def start(self, policy: "Policy", prompts: list[list[int]]):
+        """Read every different prompt once, lay its cache out for its rows, pick first tokens."""
+        self.temperature, self.top_p = policy.temperature, policy.top_p
+        different = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids, mask = policy.pad(list(map(list, different)), "left")  # (Q, P) each
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a prompt
+        prompt_cache = transformers.DynamicCache()
+        logits = self.model(
+            ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{CACHE: prompt_cache}).logits[:, -1]
+        n, width = len(prompts), ids.shape[1]
+        rows, columns = self.round_rows(n), self.round_columns(width + policy.max_new_tokens)
+        fits = self.cache and rows <= len(self.row) and columns <= self.bias.shape[1]
+        if not fits or not self.bucketed:
+            self.cache = None  # before the new one is made
+            self.allocate(prompt_cache, rows, columns)
+
+        which = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=ids.device)
         for buffers, layer in zip(self.cache.buffers, prompt_cache.layers):
-            for buffer, x in zip(buffers, (layer.keys, layer.values)):  # a sliding layer has kept only its last columns
-                buffer[:n, :, width - x.shape[2]:width] = x.repeat_interleave(group_size, 0)
-        self.hidden.fill_(torch.finfo(self.hidden.dtype).min)
-        self.hidden[:n, :width].masked_fill_(visible.repeat_interleave(group_size, 0), 0.0)
-        self.position.zero_()[:n] = visible.sum(1, keepdim=True).repeat_interleave(group_size, 0) - 1
-        self.row.copy_(torch.arange(len(self.row), device=device))
+            for buffer, x in zip(buffers, (layer.keys, layer.values)):
+                buffer[:n, :, :width] = x[which]
+        self.bias.fill_(torch.finfo(self.bias.dtype).min)
+        self.bias[:n, :width].masked_fill_(mask[which].bool(), 0.0)
+        self.position.zero_()[:n] = mask.sum(1, keepdim=True)[which] - 1
+        self.row.copy_(torch.arange(len(self.row)))
         self.token.zero_()
         self.t.zero_()
         self.cache.column.fill_(width - 1)
-        self.cache.rows, self.filled = n, width
-        return logits.repeat_interleave(group_size, 0)
+        self.filled = width
+        self.write(logits[which])
+        self.cache.rows = rows
 
-    def write(self, logits: Tensor, temperature: float, top_p: float) -> None:
-        """Pick every row's next token and note it where its response stands."""
-        token, logp, entropy = pick(logits, temperature, top_p)
+    def write(self, logits: Tensor):
+        """Pick every row's next token, and note it where its response stands."""
+        token, logp, entropy = pick(logits, self.temperature, self.top_p)
         row = self.row[:len(token)]
         self.token[:len(token)] = token
-        self.tokens[row, self.t], self.logps[row, self.t], self.entropies[row, self.t] = token, logp, entropy
+        self.tokens[row, self.t] = token
+        self.logps[row, self.t] = logp
+        self.entropies[row, self.t] = entropy
 
-    def decode_step(self, temperature: float, top_p: float) -> None:
-        """Feed every row its last token and pick the next. It runs on the device alone, and can be captured."""
+    def step(self):
+        """Feed every row its last token and pick the next."""
         rows, columns = self.cache.rows, self.cache.columns
-        for counter in (self.t, self.cache.column, self.position):
+        for counter in (self.t, self.position, self.cache.column):
             counter.add_(1)
-        hidden = self.hidden[:rows, :columns].index_fill_(1, self.cache.column, 0.0)[:, None, None]  # (N, 1, 1, C)
-        masks = {"full_attention": hidden}
-        if window := getattr(self.model.config, "sliding_window", None):
-            beyond = torch.arange(columns, device=hidden.device) <= self.cache.column - window
-            masks["sliding_attention"] = hidden.masked_fill(beyond, torch.finfo(hidden.dtype).min)
-        kinds = set(getattr(self.model.config, "layer_types", None) or [list(masks)[-1]])
-        out = self.model(self.token[:rows, None], attention_mask=masks if len(kinds) > 1 else masks[kinds.pop()],
-                         position_ids=self.position[:rows], use_cache=True, **{CACHE: self.cache})
-        self.write(out.logits[:, -1], temperature, top_p)
+        bias = self.bias[:rows, :columns].index_fill_(1, self.cache.column, 0.0)
+        out = self.model(
+            self.token[:rows, None], attention_mask=bias[:, None, None],
+            position_ids=self.position[:rows], use_cache=True, **{CACHE: self.cache})
+        self.write(out.logits[:, -1])
 
-    def advance(self, temperature: float, top_p: float) -> None:
-        """One decode step: replayed if it was captured at this size, else run, and captured for the next time."""
+    def advance(self):
+        """A step: replayed if this size has been recorded, else run, and recorded for next time."""
         self.filled += 1
-        self.cache.columns = self.column_bucket(self.filled)
-        size = (self.cache.rows, self.cache.columns, temperature, top_p)
+        self.cache.columns = self.round_columns(self.filled)
+        size = (self.cache.rows, self.cache.columns, self.temperature, self.top_p)
         if size in self.graphs:
-            return self.graphs[size].replay()
-        self.decode_step(temperature, top_p)
-        if self.capturing:
-            torch.cuda.synchronize()
-            self.graphs[size] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's threads go on
-                self.decode_step(temperature, top_p)  # is only recorded here
+            self.graphs[size].replay()
+            return
+        self.step()
+        if self.graphs_on:
+            try:
+                self.record(size)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                self.graphs_on, self.graphs = False, {}
+                say(f"sampling goes on without CUDA graphs: {' '.join(str(error).split())[:200]}")
 
-    def keep(self, live: Tensor) -> None:
-        """Let the rows go that are not live (rows,) bool, as far as the next smaller size allows."""
-        rows = self.row_bucket(int(live.sum()))
+    def record(self, size: tuple):
+        torch.cuda.synchronize()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # graphs use it in turns
+        graph = torch.cuda.CUDAGraph()
+        # thread_local, so that NCCL's threads go on meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.step()  # recorded, not run
+        self.graphs[size] = graph
+
+    def drop(self, done: Tensor):
+        """Let finished rows go, as far as the next smaller size allows; done is (responses,)."""
+        live = ~done[self.row[:self.cache.rows]]
+        rows = self.round_rows(max(1, int(live.sum())))
         if rows >= self.cache.rows:
             return
         order = live.int().argsort(descending=True, stable=True)[:rows]
-        for state in (self.token, self.position, self.row, self.hidden):
+        for state in (self.token, self.position, self.row, self.bias):
             state[:rows] = state[order]
         for buffer in itertools.chain.from_iterable(self.cache.buffers):
             buffer[:rows, :, :self.filled] = buffer[order, :, :self.filled]
@@ -643,404 +1266,145 @@ class Decoder:
 
 
 @torch.no_grad()
-def sample(model, prompts: list[list[int]], group_size: int, *, stop_ids: list[int], pad_id: int, max_new_tokens: int,
-           temperature: float = 1.0, top_p: float = 1.0, bar=None,
-           decoder: Decoder | None = None) -> list[tuple[list[int], Tensor, float]]:
-    """Sample group_size responses to every prompt.
+def fast_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
+    """As plain_generate."""
+    decoder = policy.decoder = policy.decoder or Decoder(policy.sampler)
+    decoder.start(policy, prompts)
+    n, limit = len(prompts), policy.max_new_tokens
+    stops = torch.tensor(policy.stop_ids, dtype=torch.long, device=decoder.row.device)
+    done = decoder.row >= n  # rows without a response are done from the start
+    for t in range(1, limit):
+        if t % LOOK_EVERY == 0:
+            done |= torch.isin(decoder.tokens[:, t - LOOK_EVERY:t], stops).any(1)
+            if done.all():
+                break
+            decoder.drop(done)
+        decoder.advance()
 
-    Returns for each of Q*G responses, a group's side by side: its tokens up to and including the first stop token (absent
-    if cut off), their log-probabilities (tokens,), and the policy's mean entropy over them in nats, at this temperature.
-    """
-    decoder = decoder or Decoder(model)
-    try:
-        logits = decoder.start(prompts, group_size, pad_id, max_new_tokens)
-        decoder.write(logits, temperature, top_p)
-        n, stops = len(logits), torch.tensor(stop_ids, dtype=torch.long, device=logits.device)
-        done = decoder.row >= n
-        decoder.cache.rows = decoder.row_bucket(n)
-        for t in range(1, max_new_tokens):
-            if t % CHECK_EVERY == 0:  # a row that has stopped is computed on until then, and ignored
-                before = int(done.sum())
-                done |= torch.isin(decoder.tokens[:, t - CHECK_EVERY:t], stops).any(1)
-                if bar is not None:
-                    bar.update(int(done.sum()) - before)
-                if done.all():
-                    break
-                decoder.keep(~done[decoder.row[:decoder.cache.rows]])
-            decoder.advance(temperature, top_p)
-    except torch.OutOfMemoryError:
-        decoder.clear()
-        raise
-    if bar is not None:
-        bar.update(int((~done).sum()))
-    tokens = decoder.tokens[:n, :max_new_tokens]
-    stopped = torch.isin(tokens, stops)
-    length = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, max_new_tokens)
-    beyond = torch.arange(max_new_tokens, device=length.device) >= length[:, None]
-    entropy = decoder.entropies[:n, :max_new_tokens].masked_fill(beyond, 0.0).sum(1) / length
-    return [(ids[:k], logp[:k], h) for ids, logp, k, h in
-            zip(tokens.tolist(), decoder.logps[:n].cpu(), length.tolist(), entropy.tolist())]
+    tokens = decoder.tokens[:n, :limit]
+    is_stop = torch.isin(tokens, stops)
+    lengths = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, limit)
+    beyond = torch.arange(limit, device=lengths.device) >= lengths[:, None]
+    entropy = decoder.entropies[:n, :limit].masked_fill(beyond, 0.0).sum(1) / lengths
+    return [(ids[:length], logp[:length], h) for ids, length, logp, h in zip(
+        tokens.tolist(), lengths.tolist(), decoder.logps[:n].cpu(), entropy.tolist())]
 
 
-# ---------------------------------------------------------------------------------------------- rollout and rewards
+# ----------------------------------------------------------------------------------- fast: packing
+# The samples of a micro-batch in one row, a group's prompt once, nothing padded; attention alone
+# knows what belongs together. Same log-probabilities and gradients as plain_logp.
+# Touch it for another attention kernel.
 
+class Packed(NamedTuple):
+    """Prompt ab with responses xyz and uv is the row  a b x y u: a last token predicts nothing."""
 
-@dataclass
-class Sample:
-    """One response to one prompt. A rollout is a list of them, each group's side by side."""
-
-    problem: str
-    gold: str
-    prompt: list[int]  # token ids
-    response: list[int]  # token ids up to and including the stop token
-    text: str  # the response decoded
-    correct: float  # 1.0 right, 0.0 wrong
-    truncated: bool  # no stop token within max_new_tokens
-    entropy: float  # mean over the response's tokens, nats
-    reward: float = 0.0  # correct minus the overlong penalty
-    advantage: float = 0.0
-    old_logp: Tensor | None = None  # (response tokens,) under the policy before the rollout's first update
-    sampler_logp: Tensor | None = None  # (response tokens,) as the sampler saw it: the same but for rounding
-
-
-def overlong_penalty(length: int, cfg: Config) -> float:
-    """0 up to max_new_tokens - overlong_buffer tokens, then falling linearly to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
-    over = length - (cfg.max_new_tokens - cfg.overlong_buffer)
-    return -over / cfg.overlong_buffer if cfg.overlong_buffer and over > 0 else 0.0
-
-
-def with_memory(cfg: Config, name: str, least: int, work: Callable):
-    """work(), and again with cfg.<name> halved each time the GPU runs out of memory: results do not depend on that knob."""
-    while True:
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if getattr(cfg, name) <= least or cfg.fsdp:  # FSDP's processes must keep in step
-                raise UserError(f"out of GPU memory with --{name} {getattr(cfg, name)}; try a smaller model or --max_new_tokens, "
-                                "--gradient_checkpointing True, or more GPUs with --fsdp True") from None
-        setattr(cfg, name, max(least, getattr(cfg, name) // 2))  # out of the except clause, whose traceback holds tensors
-        tqdm.write(f"out of GPU memory: --{name} is {getattr(cfg, name)} from here on")
-        torch.cuda.empty_cache()
-
-
-def roll_out(model, tokenizer, problems: list[dict], group_size: int, cfg: Config, bar=None, top_p: float = 1.0,
-             decoder: Decoder | None = None) -> list[Sample]:
-    """Sample and score group_size responses to every problem, `sample_rows` of them at a time; training needs top_p = 1."""
-    stop_ids = stop_tokens(model, tokenizer)
-    prompts = [encode(tokenizer, row["problem"], cfg) for row in problems]
-    samples = []
-    while len(samples) < len(prompts) * group_size:
-
-        def chunk() -> list[tuple[list[int], Tensor, float]]:
-            first, share = len(samples) // group_size, min(group_size, cfg.sample_rows)  # a share of a group if need be
-            some = prompts[first:first + max(1, cfg.sample_rows // group_size)]
-            return [response for k in range(0, group_size, share) for response in
-                    sample(model, some, min(share, group_size - k), stop_ids=stop_ids, pad_id=pad_token(tokenizer),
-                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=top_p, bar=bar, decoder=decoder)]
-
-        responses = with_memory(cfg, "sample_rows", 1, chunk)
-        texts = tokenizer.batch_decode([response for response, _, _ in responses], skip_special_tokens=True)
-        for text, (response, logp, entropy) in zip(texts, responses):
-            i = len(samples) // group_size
-            correct = math_reward(text, problems[i]["answer"])
-            samples.append(Sample(problems[i]["problem"], problems[i]["answer"], prompts[i], response, text, correct,
-                                  response[-1] not in stop_ids, entropy, correct + overlong_penalty(len(response), cfg),
-                                  sampler_logp=logp))
-    return samples
-
-
-def is_uniform(group: list[Sample]) -> bool:
-    """Whether all rewards are equal, so that nothing can be learned from the group."""
-    return len({s.reward for s in group}) == 1
-
-
-def groups_of(samples: list[Sample], size: int) -> list[list[Sample]]:
-    """Cut a rollout into parts of size samples: its groups, or its mini-batches."""
-    return [samples[i:i + size] for i in range(0, len(samples), size)]
-
-
-def collect(model, tokenizer, stream: ProblemStream, cfg: Config, bar=None, decoder: Decoder | None = None) -> list[Sample]:
-    """This process's share of a rollout of `prompts` groups; dynamic sampling replaces uniform groups, `max_refills` times."""
-    groups = []
-    for _ in range(1 + cfg.max_refills):
-        groups = [group for group in groups if not is_uniform(group)]
-        missing = cfg.prompts // world() - len(groups)
-        problems = stream.take(max(gather(missing)) * world())  # by all in step, so that the streams stay equal
-        groups += groups_of(roll_out(model, tokenizer, problems[rank()::world()][:missing], cfg.group_size, cfg, bar,
-                                     decoder=decoder), cfg.group_size)
-        if not any(gather(any(map(is_uniform, groups)))):
-            break
-    return sum(groups, [])
-
-
-# ------------------------------------------------------------------------------------------------------ advantages
-
-
-def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
-    """(R - mean) / (unbiased std + 1e-6) within each group; exactly 0 where all rewards of a group are equal.
-
-    rewards (Q, G) float, G >= 2 -> (Q, G). Without the division: Dr. GRPO, arXiv 2503.20783. Raises ValueError for G < 2.
-    """
-    if rewards.shape[-1] < 2:
-        raise ValueError(f"a group needs at least 2 responses, got rewards of shape {tuple(rewards.shape)}")
-    advantages = rewards - rewards.mean(-1, keepdim=True)
-    if divide_by_std:
-        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-6)
-    # the float mean of equal rewards need not equal them, and the std would blow the rounding error up
-    return advantages.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)
-
-
-# --------------------------------------------------------------------------------------------------------- weights
-# f(log_ratio (B, T), advantages (B, 1) or (B, T), mask (B, T), cfg) -> w (B, T), the weight in -A * w * grad log pi.
-# cfg.eps_low and cfg.eps_high are numbers, or (B, T) tensors under --entropy_clip.
-
-
-def ratio(log_ratio: Tensor) -> Tensor:
-    """r = exp(log pi - log pi_old), kept within float range."""
-    return log_ratio.clamp(-20, 20).exp()
-
-
-def unclipped(r: Tensor, advantages: Tensor, cfg: Config) -> Tensor:
-    """True where PPO lets a gradient through: a token that already moved far enough in the wanted direction gets none."""
-    return torch.where(advantages >= 0, r <= 1 + cfg.eps_high, r >= 1 - cfg.eps_low)
-
-
-def grpo(log_ratio, advantages, mask, cfg):
-    """PPO's clipped ratio; the hard dual clip drops tokens of bad responses with r > dual_clip."""
-    r = ratio(log_ratio)
-    return r * unclipped(r, advantages, cfg) * ((advantages >= 0) | (r <= cfg.dual_clip))
-
-
-def aspo(log_ratio, advantages, mask, cfg):
-    """The ratio of good responses turned upside down; the soft dual clip caps the weight and keeps the gradient."""
-    r = ratio(log_ratio)
-    flipped = torch.where(advantages >= 0, 1 / r, r)
-    return flipped.clamp(max=cfg.dual_clip) * unclipped(r, advantages, cfg)
-
-
-def no_is(log_ratio, advantages, mask, cfg):
-    """No importance weight, only the clip: the paper's diagnostic."""
-    return unclipped(ratio(log_ratio), advantages, cfg).to(log_ratio.dtype)
-
-
-def cispo(log_ratio, advantages, mask, cfg):
-    """The ratio capped and no token dropped (MiniMax-M1, arXiv 2506.13585)."""
-    return ratio(log_ratio).clamp(max=1 + cfg.eps_high)
-
-
-def gspo(log_ratio, advantages, mask, cfg):
-    """One clipped ratio per sequence, exp of the mean log-ratio (Qwen, arXiv 2507.18071)."""
-    mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    s = ratio(mean).expand_as(log_ratio)
-    return s * unclipped(s, advantages, cfg)
-
-
-WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
-    "grpo": grpo, "aspo": aspo, "no-is": no_is, "cispo": cispo, "gspo": gspo,
-    "dapo": grpo, "dr-grpo": grpo,  # the same weight; METHOD_DEFAULTS holds what differs
-}
-
-# ------------------------------------------------------------------------------------------------------------ loss
-
-
-def entropy_dependent_eps(entropy: Tensor, mask: Tensor) -> Tensor:
-    """0.4 above each response's 0.8 quantile of the current policy's entropy, else 0.2 (B, T) (Archer, arXiv 2507.15778)."""
-    split = torch.nanquantile(entropy.float().masked_fill(~mask, math.nan), 0.8, -1, keepdim=True)
-    return torch.where(entropy > split, 0.4, 0.2)
-
-
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, cfg: Config, *, norm: float | None = None,
-                entropy: Tensor | None = None, ref_logp: Tensor | None = None,
-                sampler_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A * w * log pi, whose gradient is the method's; the value itself means nothing.
-
-    logp, old_logp, mask (B, T); advantages (B, 1) or (B, T). norm is the number of tokens (loss_agg token) or of
-    sequences (others) to average over, by default this mask's own: pass the whole mini-batch's when this is a part of it,
-    or the gradient depends on how it was cut. entropy (B, T) is needed by entropy_clip, ref_logp (B, T) by kl_coef > 0,
-    sampler_logp (B, T) by tis_cap > 0. Returns a scalar and what happened at each token of the mask: (tokens,) tensors
-    advantage, log_ratio, weight, old_prob, mismatch, kl_ref.
-    """
-    mask = mask.bool()
-    logp, old_logp = logp.float().masked_fill(~mask, 0.0), old_logp.float().masked_fill(~mask, 0.0)
-    with torch.no_grad():
-        log_ratio = logp - old_logp
-        if cfg.entropy_clip:
-            eps = entropy_dependent_eps(entropy, mask)
-            cfg = dataclasses.replace(cfg, eps_low=eps, eps_high=eps)
-        weight = WEIGHTS[cfg.loss](log_ratio, advantages, mask, cfg)
-        gap = torch.zeros_like(logp) if sampler_logp is None else (old_logp - sampler_logp.float()).masked_fill(~mask, 0.0)
-        correction = gap.exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else 1.0  # truncated importance sampling
-    per_token = -advantages * weight * correction * logp
-    stats = {"advantage": advantages.expand_as(logp)[mask], "log_ratio": log_ratio[mask], "weight": weight[mask],
-             "old_prob": old_logp.exp()[mask], "mismatch": gap.abs()[mask]}
-    if cfg.kl_coef:
-        d = (ref_logp.float() - logp).masked_fill(~mask, 0.0)
-        kl = d.exp() - d - 1  # k3, http://joschu.net/blog/kl-approx.html
-        per_token = per_token + cfg.kl_coef * kl
-        stats["kl_ref"] = kl.detach()[mask]
-    lengths = mask.sum(-1, keepdim=True)  # (B, 1)
-    if norm is None:
-        norm = lengths.sum() if cfg.loss_agg == "token" else (lengths > 0).sum()
-    share = {"token": 1, "sequence": 1 / lengths.clamp(min=1), "constant": 1 / cfg.max_new_tokens}[cfg.loss_agg]
-    return (per_token * mask * share).sum() / max(float(norm), 1.0), stats
-
-
-# -------------------------------------------------------------------------------------- log-probabilities and update
-# The responses of a group begin with the same prompt, and their lengths differ. So samples are packed into one row, each
-# prompt once and nothing padded; only attention has to know which tokens belong together.
-
-CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
-SPREAD = 1.25  # attention takes rows side by side whose lengths differ by less than this factor, padded to the longest
-
-
-@dataclass
-class Block:
-    """A part of attention: rows of similar length, each a prompt, or a response that also looks at its prompt."""
-
-    visible: Tensor  # (rows, 1, q, k) bool
-    query_positions: Tensor  # (rows, 1, q, 1) in their sequence
-    key_positions: Tensor  # (rows, 1, 1, k)
-    biases: dict = field(default_factory=dict)
-
-    def bias(self, heads: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of `heads` query heads at a time, (rows, 1, heads * q, k): 0 or -inf. Made once for
-        all layers, since autograd keeps it."""
-        if (heads, window, dtype) not in self.biases:
-            visible = self.visible & (self.query_positions - self.key_positions < window) if window else self.visible
-            rows, _, q, k = visible.shape
-            bias = visible.new_full((rows, 1, heads * q, -(-k // 16) * 16), -math.inf, dtype=dtype)[..., :k]  # as GPUs want it
-            self.biases[heads, window, dtype] = bias.masked_fill_(visible.repeat(1, 1, heads, 1), 0.0)
-        return self.biases[heads, window, dtype]
-
-
-@dataclass
-class Packed:
-    """Samples in one row of N tokens: each different prompt once, however many responses it has, then the responses without
-    their last tokens, which are predicted but predict nothing. Prompt ab with responses xyz and uv is the row a b x y u."""
-
-    blocks: list[Block]
     tokens: Tensor  # (1, N)
     positions: Tensor  # (1, N)
-    source: Tensor  # (M,) the place whose hidden state predicts each of the M response tokens
+    groups: list  # (begin, end of a prompt, [(begin, end, mask) of its responses])
+    source: Tensor  # (M,) the place that predicts each of the M response tokens
     targets: Tensor  # (M,) these tokens
     mask: Tensor  # (B, T) bool: where they stand in the padded responses
-    queries: Tensor  # places of the blocks' queries, one block after the other; padding stands for token 0
-    keys: Tensor  # places of the blocks' keys
-    back: Tensor  # (N,) where among the queries each token is
 
 
-def pack(samples: list[Sample], device) -> Packed:
-    """Lay samples out for `token_logp`. What is trained comes from lengths, not from `token == pad`: where pad is eos that
-    would leave out the stop token."""
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(s.prompt) for s in samples))}
-    owner = torch.tensor([prompts[tuple(s.prompt)] for s in samples])  # (B,)
-    rows = [*prompts, *(s.response[:-1] for s in samples)]  # Q prompts, B responses
-    lengths, n_prompts = torch.tensor(list(map(len, rows))), len(prompts)
-    column = torch.arange(int(lengths.max()))
-    real = column < lengths[:, None]  # (Q + B, W)
-    place = torch.zeros(real.shape, dtype=torch.long)  # in the packed row
-    place[real] = torch.arange(int(real.sum()))
-    begin = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[owner]])  # a response goes on after its prompt
-    position = (begin[:, None] + column).masked_fill(~real, 0)
+def pack(samples: list[Sample], device: torch.device) -> Packed:
+    """Lay samples out; those of one group stand side by side."""
+    tokens, positions, groups, source, targets = [], [], [], [], []
+    prompt = None
+    for s in samples:
+        if s.prompt != prompt:  # a new group
+            prompt = s.prompt
+            groups.append((len(tokens), len(tokens) + len(prompt), []))
+            tokens += prompt
+            positions += range(len(prompt))
+        _, prompt_end, responses = groups[-1]
+        begin, length = len(tokens), len(s.response)
+        tokens += s.response[:-1]
+        positions += range(len(prompt), len(prompt) + len(tokens) - begin)
+        if length > 1:
+            mask = lower_right(length - 1, len(prompt) + length - 1, device)
+            responses.append((begin, len(tokens), mask))
+        source += [prompt_end - 1, *range(begin, len(tokens))][:length]
+        targets += s.response
+    lengths = torch.tensor([len(s.response) for s in samples])
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
 
-    size = (lengths.log() / math.log(SPREAD)).floor()  # -inf where nothing is left of a response
-    size[n_prompts:] += 1000  # keeps prompts and responses apart
-    blocks, places, tables = [], [], (place, position, real)
-    for which in ((size == each).nonzero()[:, 0] for each in size[lengths > 0].unique()):
-        own = looked_at = [table[which, :int(lengths[which].max())] for table in tables]
-        if which[0] >= n_prompts:
-            before = owner[which - n_prompts]
-            looked_at = [torch.cat([table[before, :int(lengths[before].max())], part], 1) for table, part in zip(tables, own)]
-        now, at, there = own[1][:, None, :, None], looked_at[1][:, None, None], looked_at[2][:, None, None]
-        blocks.append(Block(*(part.to(device) for part in (there & (at <= now), now, at))))
-        places.append([table.flatten() for table in (own[0], own[2], looked_at[0])])
-    queries, is_real, keys = map(torch.cat, zip(*places))
-    back = torch.empty(int(real.sum()), dtype=torch.long)
-    back[queries[is_real]] = is_real.nonzero()[:, 0]
+    def put(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
 
-    ends = place[owner, lengths[owner] - 1]  # each sample's last prompt token predicts its first response token
-    mask = torch.arange(len(column) + 1) < torch.tensor([[len(s.response)] for s in samples])
-    mask = mask[:, :max(1, int(mask.sum(1).max()))]
-    source = torch.cat([ends[:, None], place[n_prompts:]], 1)[:, :mask.shape[1]][mask]
-    tokens, targets = (torch.tensor(list(itertools.chain(*lists)), dtype=torch.long)
-                       for lists in (rows, (s.response for s in samples)))
-    return Packed(blocks, *(part.to(device) for part in (tokens[None], position[real][None], source, targets, mask,
-                                                         queries, keys, back)))
+    return Packed(put([tokens]), put([positions]), groups, put(source), put(targets),
+                  mask.to(device))
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """Attention with queries (B, heads, q, D) and keys (B, key heads, k, D) -> (B, q, heads, D).
+def lower_right(queries: int, keys: int, device: torch.device):
+    """The last query sees all keys. On CUDA a sign for the flash kernel, which needs no mask."""
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
-    Query heads that share a key head become its rows, so bias is (B, 1, query heads of each * q, k) or broadcasts to it:
-    transformers would copy keys and values for each of them.
+
+def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *,
+                     scaling: float | None = None, packed: Packed | None = None, **kwargs):
+    """What transformers calls in every layer: (1, heads, N, D) -> (1, N, heads, D), None.
+
+    Without `packed` it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts.
     """
-    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    result = scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale)
-    return result.reshape(q.shape).transpose(1, 2)  # no view: a GPU's kernels lay it out by tokens
-
-
-def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling=None,
-                     sliding_window=None, packed: Packed | None = None, **kwargs) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: queries (1, heads, N, D) of a packed row -> (1, N, heads, D).
-
-    Without `packed` it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts, for which it is transformers' own.
-    """
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise ValueError("its scores are capped, or have sinks")
     if packed is None and query.shape[2] == 1:
-        return grouped_attention(query, key, value, attention_mask, scaling), None
+        # Query heads that share a key head become its rows: no copies of keys and values.
+        rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        out = scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+        return out.reshape(query.shape).transpose(1, 2), None
     if packed is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
-                                               sliding_window=sliding_window, **kwargs)
-    shapes = [block.visible.shape for block in packed.blocks]
-    q_parts, k_parts, v_parts = (
-        x[0].transpose(0, 1).index_select(0, places).split([shape[0] * shape[i] for shape in shapes])  # (rows * q or k, heads, D)
-        for x, places, i in ((query, packed.queries, 2), (key, packed.keys, 3), (value, packed.keys, 3)))
-    results = []
-    for block, *parts in zip(packed.blocks, q_parts, k_parts, v_parts):
-        q, k, v = (x.unflatten(0, (len(block.visible), -1)).transpose(1, 2) for x in parts)  # (rows, heads, q or k, D)
-        bias = block.bias(q.shape[1] // k.shape[1], sliding_window, v.dtype)  # autocast has left q and k in fp32
-        results.append(grouped_attention(q, k, v, bias, scaling).flatten(0, 1))
-    return torch.cat(results).index_select(0, packed.back)[None], None
+        return transformers.AttentionInterface()["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    attend = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    out = []
+    for begin, end, responses in packed.groups:
+        q, k, v = (x[:, :, begin:end] for x in (query, key, value))
+        out.append(attend(q, k, v, is_causal=True))
+        for first, last, mask in responses:
+            q, own_k, own_v = (x[:, :, first:last] for x in (query, key, value))
+            out.append(attend(q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), mask))
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def token_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy (nats) at this temperature of every response token, (B, T) fp32, 0 outside the mask.
+def packed_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token, (M,). Logits exist for these alone."""
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.tokens.device)  # else (N, N)
+    hidden = model.base_model(
+        packed.tokens, attention_mask=unused, position_ids=packed.positions, use_cache=False,
+        packed=packed).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
+    head = model.get_output_embeddings()
 
-    The entropy has no gradient. Logits exist only for response tokens and a chunk at a time, and are recomputed in the
-    backward pass: at a vocabulary of 150,000 they, and not the weights, are what runs out of memory.
-    """
-    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.tokens.device)  # else transformers makes an (N, N) mask
-    hidden = model.base_model(packed.tokens, attention_mask=unused, position_ids=packed.positions, use_cache=False,
-                              packed=packed).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
+    def work(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return logp_and_entropy(head(h), targets, temperature)
 
-    def of_chunk(h: Tensor, target: Tensor):
-        logits = model.get_output_embeddings()(h).float()
-        if temperature != 1:
-            logits = logits / temperature
-        logp = -cross_entropy(logits, target, reduction="none")
-        with torch.no_grad():  # last, since the recomputation ends with what the backward pass needs
-            log_z = logits.gather(-1, target[:, None])[:, 0] - logp
-            entropy = log_z - torch.linalg.vecdot((logits - log_z[:, None]).exp_(), logits)
-        return logp, entropy
-
-    chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    parts = [checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), packed.targets.split(chunk))]
-    mask = packed.mask
-    logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(part)) for part in zip(*parts))
-    return logp, entropy
+    return by_rows(work, hidden, packed.targets, logits_per_row=head.out_features)
 
 
-def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Cut samples into batches of at most max_tokens when packed; a longer one goes alone.
+def fast_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """As plain_logp, in tensors that begin where the responses do."""
+    packed = pack(samples, model.device)
+    with policy.half_precision():
+        # A method of the model, see `shard`.
+        values = model.packed_logp(packed, policy.temperature)
+    zeros = torch.zeros(packed.mask.shape, device=model.device)
+    logp, entropy = (zeros.masked_scatter(packed.mask, x) for x in values)
+    return logp, entropy, packed.mask
 
-    A prompt is computed once a batch, so the samples of a group should come side by side.
-    """
+
+def fast_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Batches of at most max_tokens in a packed row; a longer sample goes alone."""
     batches, room = [], 0
     for s in samples:
-        need = len(s.response) + (0 if batches and s.prompt == batches[-1][-1].prompt else len(s.prompt))
+        met = batches and s.prompt == batches[-1][-1].prompt
+        need = len(s.response) + (0 if met else len(s.prompt))
         if need > room:
             batches.append([])
             need, room = len(s.prompt) + len(s.response), max_tokens
@@ -1049,292 +1413,410 @@ def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
     return batches
 
 
-def batch_logp(model, samples: list[Sample], cfg: Config, autocast) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and mask, each (B, T), of one micro-batch of samples."""
-    packed = pack(samples, model.device)
-    with autocast():
-        forward = getattr(model, "token_logp", None) or functools.partial(token_logp, model)  # `shard` makes it a method
-        return *forward(packed, cfg.temperature), packed.mask
+FAST = Engine("fast", fast_generate, fast_logp, fast_micro_batches)
 
 
-def micro_batches_of(samples: list[Sample], cfg: Config) -> list[list[Sample]]:
-    """micro_batches; under FSDP as many on every process, the missing ones with nothing to learn from."""
-    micros = micro_batches(samples, cfg.micro_tokens)
-    idle = Sample("", "", [0, 0], [], "", 0.0, False, 0.0, old_logp=torch.zeros(0), sampler_logp=torch.zeros(0))
-    return micros + [[idle]] * (max(gather(len(micros))) - len(micros) if cfg.fsdp else 0)
+# --------------------------------------------------------------------------- which engine is right
+# Both must give the numbers of the model's own forward, one sequence at a time, before anything is
+# trained on them. Touch it when a kind of model is refused that you know to be right.
+
+UNSEEN = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
 
 
-def remember(micro: list[Sample], logp: Tensor, mask: Tensor) -> None:
-    """Give every sample its part of logp (B, T) as old_logp."""
-    for s, values in zip(micro, logp.detach()[mask].split([len(s.response) for s in micro])):
-        s.old_logp = values
+def not_fast(config, longest: int) -> str | None:
+    """What FAST leaves out, though short texts of an untrained model need not show it."""
+    config = config.get_text_config()
+    for name in UNSEEN:
+        if getattr(config, name, None) not in (None, 1):
+            return f"it has {name}"
+    for name in WINDOWS:
+        if 0 < (getattr(config, name, None) or 0) < longest:
+            return f"its {name} is shorter than the longest text of {longest} tokens"
 
 
-def concat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of equal name one after the other."""
-    parts = [part for part in parts if part]  # a process that made no step has none
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+@torch.no_grad()
+def probe(policy: "Policy", engine: Engine) -> str | None:
+    """What an engine gets wrong on sequences of several lengths; None if it is right."""
+    policy.engine, policy.decoder, model = engine, None, policy.model
+    longest = min(70, policy.context - policy.max_new_tokens)
+    prompts = [[(3 + n + 7 * i) % policy.n_embeddings for i in range(n)] for n in (2, 17, longest)]
+    try:
+        model.set_attn_implementation("packed" if engine is FAST else policy.own_attention)
+        drawn = engine.generate(policy, prompts)
+        samples = [Sample("", "", p, tokens) for p, (tokens, _, _) in zip(prompts, drawn)]
+        logp, _, mask = engine.token_logp(policy, model, samples)
+    except Exception as error:  # whatever an unusual architecture makes of our masks and cache
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    finally:
+        model.set_attn_implementation(policy.own_attention)
+    gaps = [0.0]
+    for s, row, where, (_, sampled, _) in zip(samples, logp, mask, drawn):
+        ids = torch.tensor([s.prompt + s.response])
+        own = model(input_ids=ids, use_cache=False).logits[0, len(s.prompt) - 1:-1]
+        own, _ = logp_and_entropy(own, ids[0, len(s.prompt):], 1.0)
+        gaps += [(sampled - own).abs().max().item(), (row[where] - own).abs().max().item()]
+    if not all(gap < 1e-3 for gap in gaps):  # NaN as well
+        return f"log-probabilities are off by {max(gaps[1::2]):.2g} and {max(gaps[2::2]):.2g}"
 
 
-def accumulate(model, reference, scaler, samples: list[Sample], norm: float, cfg: Config, autocast,
-               bar=None) -> list[dict[str, Tensor]]:
-    """Leave this process's part of one optimiser step's gradient in .grad; returns policy_loss's stats per micro-batch."""
-    model.zero_grad(set_to_none=True)  # a pass that ran out of memory has left a part behind
-    stats = []
-    for micro in micro_batches_of(samples, cfg):
-        logp, entropy, mask = batch_logp(model, micro, cfg, autocast)
-        if any(s.old_logp is None for s in micro):  # the policy has not changed yet
-            remember(micro, logp, mask)
-        old_logp = torch.zeros_like(logp).masked_scatter(mask, torch.cat([s.old_logp for s in micro]).to(logp.device))
-        advantages = torch.tensor([[s.advantage] for s in micro], device=logp.device)  # (B, 1)
-        sampler_logp = ref_logp = None
-        if all(s.sampler_logp is not None for s in micro):
-            sampler_logp = torch.cat([s.sampler_logp for s in micro]).to(logp.device)
-            sampler_logp = torch.zeros_like(logp).masked_scatter(mask, sampler_logp)
-        if reference is not None:
-            with torch.no_grad():
-                ref_logp = batch_logp(reference, micro, cfg, autocast)[0]
-        loss, stat = policy_loss(logp, old_logp, advantages, mask, cfg, norm=norm, entropy=entropy, ref_logp=ref_logp,
-                                 sampler_logp=sampler_logp)
-        scaler.scale(loss * (world() if cfg.fsdp else 1)).backward()  # FSDP averages where a sum is wanted
-        stats.append(stat)
-        if bar is not None:
-            bar.update(len(micro))
-    return stats
+def choose_engine(policy: "Policy"):
+    """FAST where it is right, else PLAIN; a model that neither gets right is refused."""
+    wanted, kind = policy.cfg.engine, type(policy.model).__name__
+    if wanted != "plain":
+        reason = not_fast(policy.model.config, policy.longest) or probe(policy, FAST)
+        if not reason:
+            policy.model.set_attn_implementation("packed")
+            return
+        if wanted == "fast":
+            raise UserError(f"--engine fast does not carry a {kind}: {reason}; leave it out")
+        say(f"engine plain, since fast does not carry a {kind}: {reason}")
+    if reason := probe(policy, PLAIN):
+        raise UserError(f"--model {policy.cfg.model}: sampler and trainer do not agree on a {kind}"
+                        f": {reason}; choose another model")
 
 
-def update(model, reference, optimizer, scheduler, scaler, samples: list[Sample], cfg: Config, autocast,
-           bar=None) -> tuple[dict[str, Tensor], list[float]]:
-    """Train on one rollout: mini-batches x epochs optimiser steps, old_logp fixed.
+# ------------------------------------------------------------------------------------------ policy
+# The model that learns, with its tokenizer, precision, memory and optimizer.
+# Every gradient is finite and at most grad_clip long, or there is no step.
+# Touch it for another optimizer or schedule, or another prompt.
 
-    Returns policy_loss's per-token stats over all steps, concatenated, and the gradient norm of each step; a step whose
-    norm is not finite was left out. Samples without signal (advantage 0 and no KL) count in the normaliser but are not
-    computed; a mini-batch of them makes no step.
+class Policy:
+    """What part one calls `policy`. Raises UserError where a model or a prompt cannot be used.
+
+    learning: False for evaluation, which needs the sampler alone.
     """
-    model.train()
-    minibatches = groups_of(samples, cfg.minibatch // world() * cfg.group_size)
-    if cfg.drop_uniform_groups:
-        minibatches = [[s for group in groups_of(batch, cfg.group_size) if not is_uniform(group) for s in group]
-                       for batch in minibatches]
-    if cfg.mask_truncated:
-        minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
-    active = [[s for s in batch if s.advantage or cfg.kl_coef] for batch in minibatches]
-    longest = max(len(s.prompt) + len(s.response) for s in samples)
+
+    def __init__(self, model, tokenizer, cfg: Config, problems: list[dict], learning: bool = True):
+        self.cfg, self.tokenizer, self.device = cfg, tokenizer, find_device(cfg.device)
+        # Never train(): dropout, router jitter and their like would make ratios differ from 1
+        # before the first update.
+        self.model, self.sampler, self.reference = model.eval(), model, None
+        self.sample_rows, self.micro_tokens, self.skipped = cfg.sample_rows, cfg.micro_tokens, 0
+        self.own_attention = model.config._attn_implementation
+        model.packed_logp = types.MethodType(packed_logp, model)
+        self.n_embeddings, self.context = len(model.get_input_embeddings().weight), context(model)
+        self.eos_ids = stop_tokens(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad is None or pad >= self.n_embeddings else pad
+        self.prompts_digest = digest(self.check_prompts(problems))
+
+        self.dtype, self.temperature, self.top_p = torch.float32, 1.0, 1.0
+        self.max_new_tokens, self.stop_ids = 6, []
+        choose_engine(self)
+        self.temperature, self.decoder = cfg.temperature, None
+        self.max_new_tokens, self.stop_ids = cfg.max_new_tokens, self.eos_ids
+        if self.device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = torch.bfloat16 if bf16 else torch.float16
+        self.place(learning)
+
+    def encode(self, problem: dict) -> list[int]:
+        """A problem's prompt as token ids."""
+        chat, instruction = problem.get("messages"), self.cfg.instruction
+        messages = [dict(m) for m in chat or [{"role": "user", "content": problem["problem"]}]]
+        if not chat or instruction != BOX:  # a chat brings an instruction of its own
+            messages[-1]["content"] = f"{messages[-1]['content']}\n{instruction}".strip()
+        if self.tokenizer.chat_template:
+            with explain(f"the chat template fails on the problem {problem['problem'][:60]!r}"):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True,
+                    enable_thinking=self.cfg.thinking)
+            return self.tokenizer(text, add_special_tokens=False).input_ids  # the template's are in
+        text = "\n".join(m["content"] for m in messages)
+        ids = self.tokenizer(f"Question: {text}\nAnswer:").input_ids
+        while ids and ids[-1] in self.eos_ids:  # some tokenizers end every text
+            ids.pop()
+        return ids
+
+    def check_prompts(self, problems: list[dict]) -> list[list[int]]:
+        """All prompts; raises UserError where one is too long or cannot be read."""
+        prompts, limit = [], self.cfg.max_new_tokens
+        for problem in progress(problems, "prompts"):
+            ids, begin = self.encode(problem), repr(problem["problem"][:60])
+            if not ids:
+                raise UserError(f"the prompt of {begin} is empty: see the chat template")
+            if len(ids) + limit > self.context:
+                raise UserError(f"a prompt of {len(ids)} tokens + --max_new_tokens {limit} exceeds "
+                                f"the model's context of {self.context}: it begins {begin}")
+            if max(ids + self.eos_ids) >= self.n_embeddings:
+                raise UserError(f"the tokenizer knows token {max(ids + self.eos_ids)}, but the "
+                                f"model embeds only {self.n_embeddings}: they are not a pair")
+            if self.cfg.model == "tiny" and self.tokenizer.unk_token_id in ids:
+                raise UserError(f"the tiny model reads only sums; choose a --model for {begin}")
+            prompts.append(ids)
+        self.longest = max(map(len, prompts)) + limit
+        return prompts
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def pad(self, rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+        """Token ids (B, W), padded on one side, and the attention mask (B, W), 0 at padding."""
+        ids = pad_sequence(list(map(torch.tensor, rows)), True, self.pad_id, side)
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+        return ids.to(self.sampler.device), mask.to(self.sampler.device)
+
+    def place(self, learning: bool):
+        """Weights to the device, a copy for sampling where that pays, and the optimizer."""
+        if not learning:
+            self.sampler = weights_in(self.dtype, self.model).to(self.device)
+            return
+        if self.cfg.gradient_checkpointing:
+            recompute_layers(self.model)
+        if self.dtype != torch.float32 or world() > 1:
+            # Half precision: half the bytes to read per token. And FSDP would gather every layer
+            # for every token.
+            self.sampler = weights_in(self.dtype, copy.deepcopy(self.model)).to(self.device)
+        shard(self.model, self.device, self.dtype)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in learned if p.ndim > 1]},
+                  {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.cfg.lr, weight_decay=self.cfg.weight_decay, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda done: min(1.0, (done + 1) / max(1, self.cfg.lr_warmup)))
+        self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
+
+    def add_reference(self, model):
+        """The initial model, for the KL to it."""
+        self.reference = model.eval()
+        model.packed_logp = types.MethodType(packed_logp, model)
+        model.set_attn_implementation(self.model.config._attn_implementation)
+        shard(model, self.device, self.dtype)
+
+    def half_precision(self):
+        """On a GPU: bf16, or fp16 where there is no bf16. Several processes: see `shard`."""
+        on = self.dtype != torch.float32 and world() == 1
+        return torch.autocast(self.device.type, self.dtype, on)
+
+    def fit(self, limit: str, work, *args):
+        """work(*args), again with half of self.<limit> while memory runs out."""
+        while True:
+            try:
+                return work(*args)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            # Out of that clause, whose traceback holds on to tensors.
+            now, least = getattr(self, limit), 1 if limit == "sample_rows" else self.longest
+            if now <= least or (world() > 1 and limit == "micro_tokens"):  # FSDP keeps in step
+                raise UserError(f"out of memory with --{limit} {now}; try --gradient_checkpointing "
+                                "true, a smaller --max_new_tokens or --model, or more GPUs")
+            setattr(self, limit, max(least, now // 2))
+            self.decoder = None
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: --{limit} is {getattr(self, limit)} from here on")
+
+    def generate(self, prompts: list[list[int]]) -> list[tuple]:
+        """A response to each prompt: its tokens, their log-probabilities, the mean entropy."""
+        responses = []
+        with progress(prompts, "sampling") as bar:
+            while len(responses) < len(prompts):
+                new = self.fit("sample_rows", self.generate_some, prompts[len(responses):])
+                responses += new
+                bar.update(len(new))
+        return responses
+
+    def generate_some(self, prompts: list[list[int]]) -> list[tuple]:
+        return self.engine.generate(self, prompts[:self.sample_rows])
 
     @torch.no_grad()
-    def remember_all():  # but the first mini-batch, which meets the unchanged policy in its own first pass
-        for micro in micro_batches_of(sum(active[1:], []), cfg):
-            logp, _, mask = batch_logp(model, micro, cfg, autocast)
-            remember(micro, logp, mask)
+    def refresh_sampler(self):
+        """Copy what was learned into the sampler, in place: graphs know the addresses."""
+        if self.sampler is not self.model:
+            for copied, master in zip(self.sampler.parameters(), self.model.parameters()):
+                copied.copy_(whole(master))
 
-    with_memory(cfg, "micro_tokens", longest, remember_all)
-    stats, grad_norms = [], []
-    for batch, part in list(zip(minibatches, active)) * cfg.epochs:
-        if not any(gather(len(part))):
-            continue
-        norm = sum(gather(sum(len(s.response) for s in batch) if cfg.loss_agg == "token" else len(batch)))
-        stats += with_memory(cfg, "micro_tokens", longest,
-                             lambda: accumulate(model, reference, scaler, part, norm, cfg, autocast, bar))
-        if world() > 1 and not cfg.fsdp:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-        scaler.unscale_(optimizer)
-        grad_norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item())
-        if math.isfinite(grad_norms[-1]):
-            scaler.step(optimizer)
-            scheduler.step()
-        scaler.update()  # fp16: lowers the scale after an overflow
-    model.zero_grad(set_to_none=True)
-    return concat(stats), grad_norms
+    def micro_batches(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Within micro_tokens. FSDP wants as many on every process: some hold nothing."""
+        batches = self.engine.micro_batches(samples, self.micro_tokens)
+        nothing = Sample("", "", [0, 0], old_logp=torch.zeros(0), sampler_logp=torch.zeros(0))
+        return batches + [[nothing]] * (max(all_gather([len(batches)])) - len(batches))
 
+    def token_logp(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability, entropy and mask of the response tokens, (B, T); 0 outside the mask."""
+        return self.engine.token_logp(self, self.model, samples)
 
-# --------------------------------------------------------------------------------------------------------- metrics
+    @torch.no_grad()
+    def reference_logp(self, samples: list[Sample]) -> Tensor:
+        """Log-probabilities (B, T) by the initial model."""
+        return self.engine.token_logp(self, self.reference, samples)[0]
 
-# key in metrics.jsonl -> (formula, what a healthy value looks like). + and - are tokens with A > 0 and A < 0; ratio,
-# weight, clip and KL metrics are means over the tokens of all optimiser steps of the rollout, null where there is none.
-METRICS = {
-    "step": ("rollouts so far", "counts up"),
-    "reward": ("mean reward of the rollout", "climbs; flat at 0 means that nothing is learned"),
-    "reward_std": ("mean over groups of the unbiased std of rewards", "above 0: it is the signal; falls as all get right"),
-    "accuracy": ("share of right responses", "the reward without penalties"),
-    "entropy": ("mean over response tokens of -sum p log p at sampling, nats", "falls slowly; near 0 exploration is over"),
-    "ratio_pos": ("mean of r over + tokens", "near 1; above 1 when updates do what they should"),
-    "ratio_neg": ("mean of r over - tokens", "near 1; below 1 when updates do what they should"),
-    "weight_pos": ("mean of w over + tokens", "grpo: follows ratio_pos; aspo: its mirror image"),
-    "weight_neg": ("mean of w over - tokens", "grpo, aspo: near ratio_neg, less what was clipped"),
-    "weight_pos_low": ("weight_pos over tokens with pi_old < 0.5", "set beside the next: the gap that the paper argues about"),
-    "weight_pos_high": ("weight_pos over tokens with pi_old >= 0.5", "near 1"),
-    "weight_neg_low": ("weight_neg over tokens with pi_old < 0.5", "below 1: these ratios move furthest"),
-    "weight_neg_high": ("weight_neg over tokens with pi_old >= 0.5", "near 1"),
-    "clip_frac_pos": ("share of + tokens with w = 0 by the hard clip", "under 0.1; more: lower lr, epochs or mini-batches"),
-    "clip_frac_neg": ("share of - tokens with w = 0 by the hard clip", "under 0.1"),
-    "dual_clip_frac_pos": ("share of + tokens with w capped at dual_clip", "near 0; aspo only"),
-    "dual_clip_frac_neg": ("share of - tokens with r > dual_clip", "near 0"),
-    "approx_kl": ("mean of r - 1 - log r, an estimate of KL(old, new)", "under 0.05"),
-    "sampler_mismatch": ("mean absolute difference of log pi_old and the sampler's log-probability", "1e-6 in fp32; more in half precision"),
-    "kl_ref": ("mean of exp(d) - d - 1, d = log pi_ref - log pi; only with kl_coef > 0", "grows slowly"),
-    "grad_norm": ("mean gradient norm before clipping, 0 if no step was made", "steady; spikes foretell trouble"),
-    "skipped_steps": ("optimiser steps left out because the gradient was not finite", "0; with fp16 a few"),
-    "lr": ("learning rate after the step", "follows the schedule"),
-    "response_length": ("mean response tokens, stop token included", "no jump to 0 or to the limit"),
-    "truncated": ("share of responses without a stop token", "under 0.1; they score 0 whatever they were about to say"),
-    "repetition": ("mean share of a response's 20-word n-grams already seen in it", "under 0.1"),
-    "uniform_groups": ("groups whose rewards are all equal", "well under `prompts`: they carry no signal"),
-    "tokens": ("response tokens sampled in this step", "-"),
-    "sample_seconds": ("seconds of sampling and scoring", "-"),
-    "update_seconds": ("seconds of training", "-"),
-    "heldout_accuracy": ("share of right samples on held-out problems; evaluation steps only", "the number that counts"),
-}
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def backward(self, loss: Tensor):
+        self.scaler.scale(loss * world()).backward()  # FSDP averages where a sum is wanted
+
+    def optimizer_step(self) -> float:
+        """Step along the gradient. Returns its norm; no step is made if that is not finite."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        grad_norm = whole(norm).item()
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        if not self.skipped:
+            self.scaler.step(self.optimizer)
+            self.schedule.step()
+        self.scaler.update()  # fp16: lowers the scale after an overflow
+        self.zero_grad()
+        return grad_norm
+
+    def learning_rate(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    @torch.no_grad()
+    def is_another(self, samples: list[Sample]) -> bool:
+        """Whether next to nothing is left of the policy that drew these samples."""
+        micro = self.micro_batches(samples)[0]
+        logp, entropy, mask = self.token_logp(micro)
+        before = torch.cat([s.sampler_logp for s in micro]).to(logp)
+        fall, h = (before - logp[mask]).mean(), entropy[mask].mean()
+        return bool(mask.any()) and not (fall < 3 and self.is_sane(h))  # not: NaN as well
+
+    def is_sane(self, entropy: float) -> bool:
+        """Neither one answer to everything nor noise."""
+        return 1e-3 < entropy < 0.97 * math.log(self.n_embeddings)
 
 
-def repetition(text: str, n: int = 20) -> float:
-    """Share of the text's n-word n-grams that occurred before in it; 0.0 for fewer than n words."""
-    words = text.split()
-    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def recompute_layers(model):
+    """Gradient checkpointing in eval mode: transformers' own wants train mode, and its noise."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"--gradient_checkpointing: a {type(model).__name__} has no layers made "
+                        "for it; leave it out, and lower --micro_tokens")
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def token_metrics(stats: dict[str, Tensor], cfg: Config) -> dict[str, float | None]:
-    """The metrics of METRICS that come from policy_loss's per-token stats."""
-    mean = lambda values: values.float().mean().item() if values.numel() else None
-    if not stats:
-        stats = {name: torch.zeros(0) for name in ("advantage", "log_ratio", "weight", "old_prob", "mismatch")}
-    r, w, unlikely = ratio(stats["log_ratio"]), stats["weight"], stats["old_prob"] < 0.5
-    result = {}
-    for sign, where in (("pos", stats["advantage"] > 0), ("neg", stats["advantage"] < 0)):
-        dual = (w >= cfg.dual_clip) if sign == "pos" else (r > cfg.dual_clip)
-        result |= {f"ratio_{sign}": mean(r[where]), f"weight_{sign}": mean(w[where]),
-                   f"weight_{sign}_low": mean(w[where & unlikely]), f"weight_{sign}_high": mean(w[where & ~unlikely]),
-                   f"clip_frac_{sign}": mean(((w == 0) & ~dual)[where]), f"dual_clip_frac_{sign}": mean(dual[where])}
-    result["approx_kl"] = mean(r - 1 - stats["log_ratio"].clamp(-20, 20))
-    result["sampler_mismatch"] = mean(stats["mismatch"])
-    if "kl_ref" in stats:
-        result["kl_ref"] = mean(stats["kl_ref"])
-    return result
-
-
-def rollout_metrics(samples: list[Sample], cfg: Config) -> dict[str, float]:
-    """The metrics of METRICS that come from the sampled responses."""
-    rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)
-    tokens = sum(len(s.response) for s in samples)
-    mean = lambda values: sum(values) / len(samples)
-    return {
-        "reward": rewards.mean().item(), "reward_std": rewards.std(-1).mean().item(),
-        "accuracy": mean(s.correct for s in samples),
-        "entropy": sum(s.entropy * len(s.response) for s in samples) / tokens,
-        "response_length": tokens / len(samples), "truncated": mean(s.truncated for s in samples),
-        "repetition": mean(repetition(s.text) for s in samples),
-        "uniform_groups": sum(map(is_uniform, groups_of(samples, cfg.group_size))), "tokens": tokens,
-    }
-
-
-def warnings_for(metrics: dict, updates: int) -> dict[str, str]:
-    """What a user should know about this step, in plain words, by a short key so that each is said once."""
-    found = {}
-    if metrics["truncated"] > 0.5:
-        found["truncated"] = (f"{metrics['truncated']:.0%} of the responses were cut off at the token limit and score 0; "
-                              "raise --max_new_tokens")
-    if metrics["accuracy"] == 0:
-        found["zero"] = ("every response was wrong, so there is nothing to learn from; look at samples.jsonl for the answer "
-                         "format, or start from easier problems or a better model")
-    if updates == 1:
-        found["on-policy"] = ("one optimiser step per rollout: all ratios are 1, so aspo, grpo and no-is are the same method; "
-                              "raise --epochs or lower --minibatch")
-    return found
-
-
-# ------------------------------------------------------------------------------- warm-up, held-out accuracy, devices
-
-
-def sft_warmup(model, tokenizer, problems: list[dict], cfg: Config) -> None:
-    """Teach the tiny model the format, and some arithmetic, from sloppy demonstrations: 32 a step."""
-    rng = random.Random(cfg.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    schedule = get_cosine_schedule_with_warmup(optimizer, cfg.sft_steps // 10, cfg.sft_steps)
-    model.train()
-    bar = progress(cfg.sft_steps, "warm-up")
-    for _ in range(cfg.sft_steps):
-        batch = []
-        for row in rng.choices(problems, k=32):
-            text = sloppy_demonstration(row["problem"], rng, cfg.sft_slip)
-            batch.append(Sample(row["problem"], row["answer"], encode(tokenizer, row["problem"], cfg),
-                                tokenizer(text).input_ids + [tokenizer.eos_token_id], text, 0.0, False, 0.0))
-        logp, _, mask = batch_logp(model, batch, cfg, contextlib.nullcontext)
-        (-logp[mask].mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-    bar.close()
-
-
-def seed_step(cfg: Config, step: int) -> None:
-    """Seed torch for one step. No step depends on the random numbers that another one drew, so there is no random state
-    to save, and an evaluation changes nothing."""
-    torch.manual_seed(random.Random(f"{cfg.seed} {step}").getrandbits(63) + rank())
-
-
-def heldout_accuracy(model, tokenizer, problems: list[dict], cfg: Config, decoder: Decoder | None = None) -> float:
-    """Share of right samples, eval_samples a problem, at the training temperature, with the same seed every time."""
-    seed_step(cfg, 0)
-    model.eval()
-    with progress(len(problems) * cfg.eval_samples, "held-out") as bar:
-        samples = sum(gather(roll_out(model, tokenizer, problems[rank()::world()], cfg.eval_samples, cfg, bar,
-                                      decoder=decoder)), [])
-    return sum(s.correct for s in samples) / len(samples)
-
-
-def use_device(cfg: Config) -> torch.device:
-    """The device of this process; raises UserError if it cannot be used."""
-    try:
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and dist.is_initialized() else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_precision(device: torch.device) -> torch.dtype | None:
-    """autocast's dtype: bf16, or fp16 on a GPU that only emulates bf16 (T4, V100); None is plain fp32."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def with_weights_in(precision: torch.dtype | None, model):
-    """The model with parameters of this type. Not model.to(): it rounds buffers too, and a rotary frequency in bf16 points
-    somewhere else after a few hundred tokens."""
+def weights_in(dtype: torch.dtype, model):
+    """The model with parameters of this type. Not model.to(dtype): it rounds buffers too, and a
+    rotary frequency in bf16 points somewhere else after a few hundred tokens."""
     for p in model.parameters():
-        p.data = p.data.to(precision or p.dtype)
+        p.data = p.data.to(dtype)
     return model
 
 
-def shard(model) -> None:
-    """FSDP2: every process keeps 1/N of the weights, gradients and optimiser state, and gathers a layer when it is needed."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def out_of_memory(error: Exception) -> bool:
+    """CUDA's, cuBLAS's, the graphs' or the CPU's."""
+    words = "out of memory|ALLOC_FAILED|can't allocate|not enough memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
+
+# --------------------------------------------------------------------------- processes and devices
+# torchrun starts a process per GPU: prompts are split over them, groups are not. FSDP2 gives each
+# 1 / N of the weights, gradients and moments, and gathers a layer when it is needed.
+# Any number of processes makes the same update. Touch it for another kind of parallelism.
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(values: list) -> list:
+    """The lists of all processes, one behind the other. Every process must call it."""
+    lists = [values] * world()
+    if world() > 1:
+        dist.all_gather_object(lists, values)
+    return sum(lists, [])
+
+
+def all_sum(x: float) -> float:
+    return sum(all_gather([x]))
+
+
+def on_first(work, *args):
+    """Let the first process alone do it, and raise its UserError in all of them."""
+    error = None
+    try:
+        if rank() == 0:
+            work(*args)
+    except UserError as reason:
+        error = reason
+    if error := all_gather([error])[0]:
+        raise error
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or put together if FSDP has sharded it: every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(model, device: torch.device, dtype: torch.dtype):
+    """Move a model to the device: of several processes, each its part of one layer after another,
+    so that none ever holds all of it."""
+    if world() == 1:
+        model.to(device)
+        return
+    from torch.distributed import fsdp
+
+    half = None if dtype == torch.float32 else dtype
+    options = dict(mesh=dist.init_device_mesh(device.type, (world(),)),
+                   mp_policy=fsdp.MixedPrecisionPolicy(half, torch.float32))
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
-            fully_shard(module)
-    fully_shard(model)
-    model.token_logp = types.MethodType(token_logp, model)
-    register_fsdp_forward_method(model, "token_logp")  # weights are gathered for this as they are for forward()
+            fsdp.fully_shard(module, **options)
+    fsdp.fully_shard(model, **options)
+    fsdp.register_fsdp_forward_method(model, "packed_logp")  # gathers weights as for forward()
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
-# A checkpoint is what from_pretrained loads and trainer.pt, written to checkpoint.tmp, flushed, then renamed: at every
-# instant `checkpoint` or the newest `checkpoint-<step>` is complete. Random states are not in it: see seed_step.
+def find_device(name: str) -> torch.device:
+    """This process's device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with explain(f"--device {name} cannot be used"):
+        device = torch.zeros(1, device=name).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # The first choice on an H100, with reports of NaN gradients: pytorch issue 196678.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
-MAX_SKIPPED = 10  # optimiser steps in a row with a gradient that is not finite
-LOGS = ("metrics.jsonl", "samples.jsonl")
+
+def seed_step(cfg: Config, step: int):
+    """Seed torch for one step, so that there is no random state to save."""
+    torch.manual_seed(random.Random(f"{cfg.seed} {step}").getrandbits(60) + rank())
 
 
-def flush(path: Path) -> None:
+def say(text: str):
+    """Print on the first process, without breaking a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(items, what: str) -> tqdm:
+    """A bar on a terminal, nothing elsewhere."""
+    return tqdm(items, what, leave=False, dynamic_ncols=True, disable=True if rank() else None)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+# A checkpoint is what from_pretrained loads, and trainer.pt. It is written to checkpoint.tmp,
+# flushed, then renamed: at every instant `checkpoint` or the newest `checkpoint-<step>` is whole.
+# Touch it to keep more than two.
+
+def checkpoints(out: Path) -> list[Path]:
+    """The newest first."""
+    older = [f for f in out.glob("checkpoint-*") if re.fullmatch("[0-9]+", f.name[11:])]
+    older.sort(key=lambda f: -int(f.name[11:]))
+    return [f for f in [out / "checkpoint", *older] if f.exists()]
+
+
+def remove(path: Path):
+    """A folder, a file or a link, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path):
     """To the disk, so that not even a power cut leaves a renamed folder with empty files."""
     if path.is_file() or os.name == "posix":  # Windows cannot open folders
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
@@ -1342,349 +1824,474 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def kept(out: Path) -> list[Path]:
-    """Older checkpoints, the newest first."""
-    return sorted((f for f in out.glob("checkpoint-*") if f.name[11:].isdigit()), key=lambda f: -int(f.name[11:]))
-
-
-def save(model, tokenizer, optimizer, state: dict, cfg: Config, previous: int) -> None:
-    """Write a checkpoint, by all processes together; the one of step `previous` stays if `keep` > 1. Raises UserError."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    out = Path(cfg.out)
-    new, current, before = out / "checkpoint.tmp", out / "checkpoint", out / f"checkpoint-{previous}"
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def save_policy(policy: Policy, folder: Path, state: dict):
+    """Write a checkpoint into a new folder, by all processes together. Raises UserError."""
+    model, moments = policy.model, policy.optimizer.state
+    # named_parameters() has one name of tied weights: gathered, they would no longer look tied.
+    named = [*model.named_parameters(), *model.named_buffers()]
+    names = model.state_dict().keys()
+    weights = {name: whole(x.detach()).cpu() for name, x in named if name in names}
+    state["optimizer"] = {name: {key: whole(x).cpu() for key, x in moments[p].items()}
+                          for name, p in named if p in moments}
+    state |= {name: getattr(policy, name).state_dict() for name in ("schedule", "scaler")}
 
     def write():
+        remove(folder)
+        model.save_pretrained(folder, state_dict=weights)
+        policy.tokenizer.save_pretrained(folder)
+        torch.save(state, folder / "trainer.pt")
+        for path in folder.iterdir():
+            shutil.copymode(folder / "trainer.pt", path)  # safetensors leaves out the group
+            flush(path)
+
+    on_first(write)
+
+
+def load_policy(folder: Path, cfg: Config, problems: list[dict], known: dict):
+    """(policy, trainer's state) of a checkpoint; raises whatever is wrong with it."""
+    state = torch.load(folder / "trainer.pt", "cpu", weights_only=True)
+    if changed := differences(state["config"], cfg):
+        raise ValueError(f"it belongs to another run: its --{changed[0]} is "
+                         f"{state['config'].get(changed[0])}")
+    model, tokenizer = load_model(dataclasses.replace(cfg, model=str(folder)))
+    policy = Policy(model, tokenizer, cfg, problems)
+    known = known | {"its tokenizer or chat template": policy.prompts_digest}
+    for what, value in known.items():
+        if state["known"][what] != value:
+            raise ValueError(f"{what} has changed since")
+    for name, p in policy.model.named_parameters():
+        for key, x in state["optimizer"].pop(name, {}).items():
+            if isinstance(p, DTensor) and x.ndim:
+                x = distribute_tensor(x, p.device_mesh, p.placements)
+            policy.optimizer.state[p][key] = x.to(p.device)
+    for name in ("schedule", "scaler"):
+        getattr(policy, name).load_state_dict(state[name])
+    return policy, state
+
+
+def open_policy(cfg: Config, problems: list[dict]):
+    """(policy, what a checkpoint must agree with, the trainer's state of the newest whole one).
+
+    Raises UserError rather than begin anew over what may still be saved.
+    """
+    folders, failures, policy, state = checkpoints(Path(cfg.out)), [], None, None
+    known = {f"--data {cfg.data}": digest(problems)}
+    if cfg.kl_coef or not folders:
+        model, tokenizer = load_model(cfg)
+        if cfg.model == "tiny":
+            warm_up(model, tokenizer, problems, cfg)
+        for p in model.parameters() if world() > 1 else ():
+            dist.broadcast(p.data, 0)  # a warm-up need not be the same everywhere
+    if cfg.kl_coef:
+        reference = copy.deepcopy(model)
+        known[f"--model {cfg.model}"] = digest(*(p.flatten()[:1000] for p in model.parameters()))
+    if not folders:
+        policy = Policy(model, tokenizer, cfg, problems)
+    for folder in folders:
         try:
-            shutil.rmtree(new, ignore_errors=True)
-            model.save_pretrained(new, state_dict=weights)
-            tokenizer.save_pretrained(new)
-            sizes = {name: (out / name).stat().st_size for name in LOGS}
-            torch.save(state | {"optimizer": moments, "config": asdict(cfg), "sizes": sizes}, new / "trainer.pt")
-            for path in [*(out / name for name in LOGS), *new.iterdir(), new]:
-                flush(path)
-            if before.exists():  # the run was resumed from it, because `current` is damaged
-                shutil.rmtree(current, ignore_errors=True)
-            if current.exists():
-                current.rename(before)
-            new.rename(current)
-            flush(out)
-            for old in kept(out)[cfg.keep - 1:]:
-                shutil.rmtree(old)
-        except Exception as error:  # OSError, but also what safetensors and torch.save make of a full disk
-            shutil.rmtree(new, ignore_errors=True)
-            raise UserError(f"cannot save step {state['step']} in {out}: {' '.join(str(error).split())[:200]}; the last good "
-                            f"checkpoint is of step {previous}. Make room, then type python aspo.py --resume {out}") from None
-
-    first(write)
+            with explain(f"cannot go on from {folder}"):
+                policy, state = load_policy(folder, cfg, problems, known)
+            break
+        except UserError as error:
+            failures.append(str(error))
+    if policy is None:
+        raise UserError("; ".join(failures))
+    if failures:
+        say(f"warning: {'; '.join(failures)}; going on from step {state['step']}")
+    if cfg.kl_coef:
+        policy.add_reference(reference)
+    return policy, known | {"its tokenizer or chat template": policy.prompts_digest}, state
 
 
-def load_checkpoint(cfg: Config):
-    """(model, tokenizer, trainer state) of the newest checkpoint that can be read; None if none was written yet."""
-    out, problems = Path(cfg.out), []
-    for folder in (out / "checkpoint", *kept(out)):
-        if not folder.exists():
-            continue
-        try:
-            state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-            config, sizes = state["config"], state["sizes"]
-            model, tokenizer = load_model(dataclasses.replace(cfg, model=str(folder)))
-        except Exception as error:
-            problems.append(f"cannot read {folder}: {' '.join(str(error).split())[:200]}")
-            continue
-        if changed := differences(config, cfg):
-            raise UserError(f"{folder} belongs to another run: its --{changed[0]} is {config.get(changed[0])}")
-        if any(not (out / name).exists() or (out / name).stat().st_size < size for name, size in sizes.items()):
-            raise UserError(f"{out}: {' or '.join(LOGS)} is shorter than at step {state['step']}, when {folder} was written; "
-                            "put the files back, or start a new run from it with --model")
-        if problems:
-            say(f"warning: {'; '.join(problems)}; going on from step {state['step']}")
-        return model, tokenizer, state
-    if problems:
-        raise UserError("; ".join(problems) + ". Start again, or --model another folder")
-    return None
+# --------------------------------------------------------------------------------------------- run
+# A run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and the one before it.
+# A run that is killed at any instant goes on from its last checkpoint, and repeats what was lost.
+# Touch it to log elsewhere.
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+MAX_SKIPPED = 10  # optimiser steps in a row; no later one would be better
 
 
-def differences(saved: dict, cfg: Config) -> list[str]:
-    """Names of the flags that differ and would alter the meaning of a resumed run."""
-    return [name for name, value in asdict(cfg).items() if name not in HARMLESS and saved.get(name) != value]
+def lock(folder: Path) -> int:
+    """Keep other programs from writing in a folder while this one lives. Raises UserError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use: a program that writes there is running") from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
 
 
-def restore(model, optimizer, scheduler, scaler, stream: ProblemStream, state: dict) -> None:
-    """Put a checkpoint's state back, whatever the number of processes was; the model has its weights already."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
-    scheduler.load_state_dict(state["scheduler"])
-    scaler.load_state_dict(state["scaler"])
-    stream.position = state["position"]
+def write_json(path: Path, value: dict):
+    """Whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2))
+    path.with_suffix(".tmp").replace(path)
 
 
-# --------------------------------------------------------------------------------------------------- training loop
-
-
-class Stop:
-    """The first SIGINT or SIGTERM lets the current step finish; a second one ends the process at once."""
-
-    signal = 0
-
-    def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number: int, frame) -> None:
-        self.signal = number
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add lines to a JSON Lines file."""
+def append(path: Path, rows: list[dict]):
+    """Add lines to a JSON Lines file; a number that is not finite becomes null."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            infinite = {k: None for k, x in row.items() if x in (math.inf, -math.inf) or x != x}
+            file.write(json.dumps(row | infinite) + "\n")
 
 
-def log(metrics: dict, samples: list[Sample], tokenizer, cfg: Config) -> None:
-    """A step's line of metrics.jsonl, and now and then some whole groups for samples.jsonl."""
-    step = metrics["step"]
-    if rank() == 0:
-        append(Path(cfg.out) / "metrics.jsonl", [metrics])
-        if step == 1 or step % cfg.log_samples_every == 0:
-            append(Path(cfg.out) / "samples.jsonl", [
-                {"step": step, "problem": s.problem, "prompt": tokenizer.decode(s.prompt), "response": s.text,
-                 "gold": s.gold, "reward": s.reward, "advantage": s.advantage} for s in samples[:4 * cfg.group_size]])
+@dataclass
+class Run:
+    """A training: what it trains, where it stands, and its folder."""
 
+    cfg: Config
+    out: Path
+    policy: Policy
+    reward: Callable[[str, dict], float]
+    stream: Stream
+    heldout: list[dict]
+    known: dict  # what a checkpoint must agree with
+    step: int = 0  # of the last checkpoint
+    before: float = 0.0  # held-out accuracy before RL
+    signal: int = 0  # that asked to stop
+    said: set = field(default_factory=set)  # warnings
 
-def announce(model, precision: torch.dtype | None, problems: list[dict], heldout: list[dict], cfg: Config) -> None:
-    """What is about to happen."""
-    device, minibatches = model.device, cfg.prompts // cfg.minibatch
-    say(f"model    {cfg.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"on {f'{world()} x ' * (world() > 1)}{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
-        f"{str(precision or torch.float32).removeprefix('torch.')}\n"
-        f"data     {cfg.data}: {len(problems):,} problems to train on, {len(heldout)} held out\n"
-        f"rollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most {cfg.max_new_tokens} tokens: up to "
-        f"{cfg.prompts * cfg.group_size * cfg.max_new_tokens:,} tokens a step, {cfg.steps} steps\n"
-        f"update   {cfg.loss}, {minibatches} mini-batches x {cfg.epochs} epochs = {minibatches * cfg.epochs} optimiser steps "
-        f"per rollout; at the first every ratio is 1, as it should be\n"
-        f"folder   {cfg.out}")
+    def claim(self, sizes: dict | None):
+        """Make the folder, or go on in it with logs as long as a checkpoint knows them."""
+        with explain(f"cannot write in --out {self.out}"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.out)
+            for path in (self.out / name for name in LOGS):
+                path.touch()
+                if sizes is None and path.stat().st_size:  # of a run without a checkpoint
+                    path.rename(f"{path}.{time.time_ns()}")
+                elif sizes and path.stat().st_size < sizes[path.name]:
+                    raise UserError(f"{path} is shorter than its checkpoint knows: put the file "
+                                    "back, or start a new run from it with --model")
+                elif sizes:
+                    os.truncate(path, sizes[path.name])
+                path.touch()
+            write_json(self.out / "config.json", asdict(self.cfg) | {"resume": None})
+
+    def log(self, metrics: dict, samples: list[Sample]):
+        """A step's line of metrics.jsonl and of the screen, and four groups for samples.jsonl.
+
+        Raises Broken where the policy that sampled them is no longer one.
+        """
+        h, step = metrics["entropy"], metrics["step"]
+        lost = self.before > metrics["accuracy"] == 0 and not self.policy.is_sane(h)
+        if lost or not math.isfinite(h):
+            self.give_up(f"an entropy of {h:.3g} nats")
+        logged = [{"step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
+                   "response": s.text, "gold": s.gold, "reward": s.reward,
+                   "advantage": s.advantage} for s in samples[:4 * self.cfg.group_size]]
+        if rank() == 0:
+            with explain(f"cannot write step {step} to {self.out}/{' and '.join(LOGS)}; the last "
+                         f"checkpoint is of step {self.step}: {self.resume}"):
+                append(self.out / LOGS[0], [metrics])
+                append(self.out / LOGS[1], logged)
+        if step == 1:
+            s = samples[0]
+            say(f"a response {s.text[:300]!r}\n"
+                f"with the answer {extract_answer(s.text)!r} for {s.gold!r}: reward {s.reward:g}")
+        say(summary(metrics, self.cfg.steps))
+        for text in warnings_for(metrics, self.cfg):
+            if text not in self.said:
+                self.said.add(text)
+                say(f"warning: {text}")
+
+    @property
+    def resume(self) -> str:
+        return f"python aspo.py --resume {self.out}"
+
+    def give_up(self, symptom: str):
+        last = f"; the checkpoint of step {self.step} is good" if self.step else ""
+        raise Broken(f"an update has broken the model: {symptom}{last}. Start again with a lower "
+                     "--lr")
+
+    def save(self, step: int, samples: list[Sample]):
+        """Write a checkpoint unless the model has just broken: Broken, or UserError, is raised."""
+        if any(all_gather([self.policy.is_another(samples)])):
+            accuracy = heldout_accuracy(self.policy, self.heldout, self.cfg, self.reward)
+            if accuracy == 0 < self.before + sum(s.correct for s in samples):
+                self.give_up("no held-out response is right any more")
+        state = {"step": step, "before": self.before, "position": self.stream.position,
+                 "config": asdict(self.cfg), "known": self.known,
+                 "sizes": {name: (self.out / name).stat().st_size for name in LOGS}}
+        new = self.out / "checkpoint.tmp"
+        try:
+            with explain(f"cannot save step {step} in {new}"):
+                save_policy(self.policy, new, state)
+                on_first(self.rename, new)
+        except UserError as error:
+            free = shutil.disk_usage(self.out).free >> 20
+            raise UserError(f"{error} ({free} MiB are free); the last checkpoint is of step "
+                            f"{self.step}: {self.resume}") from None
+        finally:
+            if rank() == 0:
+                remove(new)
+        self.step = step
+
+    def rename(self, new: Path):
+        now, before = self.out / "checkpoint", self.out / f"checkpoint-{self.step}"
+        for path in (*(self.out / name for name in LOGS), new):
+            flush(path)
+        if before.exists():  # the run was resumed from it, because `now` is damaged
+            remove(now)
+        elif now.exists():
+            now.rename(before)
+        new.rename(now)
+        flush(self.out)
+        for old in checkpoints(self.out)[2:]:
+            remove(old)
+
+    def listen(self):
+        """From here on there is something to lose: a signal lets the step finish."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # no SIGHUP on Windows
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more to leave at once\n")
+
+    def asked_to_stop(self) -> bool:
+        """One process that was asked is enough."""
+        self.signal = max(all_gather([self.signal]))
+        return self.signal > 0 or self.policy.skipped >= MAX_SKIPPED
+
+    def finish(self, metrics: dict):
+        """The last words."""
+        if self.policy.skipped >= MAX_SKIPPED:
+            raise Broken(f"{self.policy.skipped} optimiser steps in a row had a gradient that is "
+                         "not finite, and were left out; lower --lr or --temperature. The "
+                         f"checkpoint of step {self.step} is good")
+        if self.signal:
+            say(f"stopped after step {self.step}; to go on type {self.resume}")
+            raise SystemExit(128 + self.signal)
+        rival = "grpo" if self.cfg.loss != "grpo" else "aspo"
+        say(f"held-out accuracy {self.before:.3f} -> {metrics['heldout_accuracy']:.3f} "
+            f"({len(self.heldout)} problems x {self.cfg.eval_samples} samples)\n"
+            f"results in {self.out}: {', '.join(LOGS)}, checkpoint/\n"
+            f"next: python aspo.py --model {self.cfg.model} --loss {rival}")
 
 
 def summary(m: dict, steps: int) -> str:
     """The one line a step that the user reads."""
-    number = lambda value: " n/a " if value is None else f"{value:.3f}"  # no such tokens: every group was uniform
+    def number(value):
+        return " n/a " if value is None else f"{value:.3f}"  # every group was uniform
+
     speed = m["tokens"] / (m["sample_seconds"] + m["update_seconds"])
-    line = (f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  entropy {m['entropy']:.3f}  "
-            f"ratio A>0 {number(m['ratio_pos'])} A<0 {number(m['ratio_neg'])}  length {m['response_length']:.1f}  "
-            f"cut off {m['truncated']:.0%}  {speed:,.0f} tokens/s")
-    return line + (f"  held-out {m['heldout_accuracy']:.3f}" if "heldout_accuracy" in m else "")
+    heldout = f"  held-out {m['heldout_accuracy']:.3f}" if "heldout_accuracy" in m else ""
+    return (f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  "
+            f"entropy {m['entropy']:.3f}  ratio A>0 {number(m['ratio_pos'])} "
+            f"A<0 {number(m['ratio_neg'])}  length {m['response_length']:.1f}  "
+            f"cut off {m['truncated']:.0%}  {speed:,.0f} tokens/s{heldout}")
 
 
-def rehearse(model, decoder: Decoder, tokenizer, longest: list[int], cfg: Config, autocast) -> None:
-    """Run the longest sampling and update batches that can occur, so that too small a GPU shows it now, not after hours."""
-    pad_id, full = pad_token(tokenizer), len(longest) + cfg.max_new_tokens
-
-    def sampling():
-        share = min(cfg.group_size, cfg.sample_rows)
-        queries = min(max(1, cfg.sample_rows // cfg.group_size), cfg.prompts // world())
-        sample(decoder.model, [[*longest, *[pad_id] * (cfg.max_new_tokens - 2)]] * queries, share, stop_ids=[], pad_id=pad_id,
-               max_new_tokens=2, temperature=cfg.temperature, decoder=decoder)
-
-    def updating():
-        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW's, before it has made them
-        rows = [Sample("", "", longest, [pad_id] * cfg.max_new_tokens, "", 0.0, False, 0.0, advantage=1.0)
-                for _ in range(max(1, (cfg.micro_tokens - len(longest)) // cfg.max_new_tokens))]
-        accumulate(model, None, torch.amp.GradScaler(enabled=False), rows, 1.0, dataclasses.replace(cfg, kl_coef=0.0), autocast)
-        model.zero_grad(set_to_none=True)
-        del moments
-
-    decoder.model.eval()
-    with_memory(cfg, "sample_rows", 1, sampling)
-    model.train()
-    with_memory(cfg, "micro_tokens", full, updating)
+def warnings_for(metrics: dict, cfg: Config) -> list[str]:
+    """What a user should know about this step."""
+    found = []
+    if metrics["truncated"] > 0.5:
+        found.append("most responses are cut off at the token limit and score 0; raise "
+                     "--max_new_tokens")
+    if metrics["accuracy"] == 0:
+        found.append("every response was wrong, so there is nothing to learn from; look at "
+                     "samples.jsonl, or start from easier problems or a better model")
+    if cfg.prompts // cfg.minibatch * cfg.epochs == 1:
+        found.append("one optimiser step per rollout: all ratios are 1, so aspo, grpo and no-is "
+                     "are the same method; raise --epochs or lower --minibatch")
+    return found
 
 
-def open_run(cfg: Config) -> None:
-    """Make the run folder and its config.json, or check that a run can be resumed there. Raises UserError."""
+def announce(run: Run, problems: list[dict]):
+    """What is about to happen, with one problem as the model sees it: most faults show there."""
+    cfg, policy, n_minibatches = run.cfg, run.policy, run.cfg.prompts // run.cfg.minibatch
+    cuda = policy.device.type == "cuda"
+    where = torch.cuda.get_device_name(policy.device) if cuda else policy.device.type
+    n_tokens = cfg.prompts * cfg.group_size * cfg.max_new_tokens
+    say(f"model    {cfg.model}: {type(policy.model).__name__}, "
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, on "
+        f"{f'{world()} x ' * (world() > 1)}{where}, {str(policy.dtype)[6:]}, engine "
+        f"{policy.engine.name}\n"
+        f"data     {cfg.data}: {len(problems):,} problems to train on, {len(run.heldout)} held out"
+        f"\nrollout  {cfg.prompts} prompts x {cfg.group_size} samples of at most "
+        f"{cfg.max_new_tokens} tokens: up to {n_tokens:,} tokens a step, {cfg.steps} steps\n"
+        f"update   {cfg.loss}, {n_minibatches} mini-batches x {cfg.epochs} epochs = "
+        f"{n_minibatches * cfg.epochs} optimiser steps per rollout; at the first every ratio is 1, "
+        f"as it should be\nfolder   {cfg.out}\n"
+        f"a prompt {policy.tokenizer.decode(policy.encode(problems[0]))!r}\n"
+        f"to which the answer is {problems[0]['answer']!r}")
+    unread = [p["answer"] for p in problems if not is_readable(p["answer"])]
+    if run.reward is right_answer and len(unread) > len(problems) / 2:
+        say(f"warning: the checker cannot read {len(unread)} of {len(problems)} answers, such as "
+            f"{unread[0][:80]!r}: no response will be right")
+
+
+def open_run(cfg: Config, reward: Callable | None = None) -> Run:
+    """Load everything, or raise UserError before anything is written."""
+    with explain(f"cannot open the run {cfg.out}"):
+        check(cfg)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        seed_step(cfg, -1)
+        reward = open_reward(cfg, reward)
+        problems, heldout = load_problems(cfg)
+        policy, known, state = open_policy(cfg, problems + heldout)
+        stream = Stream(problems, cfg.seed)
+        run = Run(cfg, Path(cfg.out), policy, reward, stream, heldout, known)
+        if state:
+            run.step, run.before = state["step"], state["before"]
+            stream.position = state["position"]
+            if run.step >= cfg.steps:
+                raise UserError(f"{run.out} is complete after {run.step} steps; type --steps with "
+                                "a larger number to go on")
+        on_first(run.claim, state and state["sizes"])
+        announce(run, problems)
+        if cfg.resume:
+            say(f"resumed after step {run.step}" if state else
+                f"{run.out} has no checkpoint: it begins at step 1")
+        run.listen()
+    return run
+
+
+# ------------------------------------------------------------------------------------ command line
+# The fields of Config become flags: default < preset of the model < what was typed.
+# Whatever is wrong with them is one line and exit status 2.
+# Touch it hardly ever: a new knob needs no line here.
+
+AT_LEAST_1 = ("steps", "prompts", "minibatch", "epochs", "max_new_tokens", "dual_clip",
+              "sample_rows", "micro_tokens", "eval_problems", "eval_samples")
+LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"group_size": 2, "temperature": 0.01}  # of all others: 0
+CHOICES = {"loss": tuple(WEIGHTS), "engine": ("auto", "fast", "plain"),
+           "loss_agg": ("token", "sequence", "constant")}
+MAY_CHANGE = {"out", "resume", "device", "steps", "eval_every", "save_every", "engine",
+              "sample_rows", "micro_tokens", "gradient_checkpointing"}  # when a run is resumed
+
+
+def kind_of(knob: dataclasses.Field) -> type:
+    """int of int, and of int | None."""
+    return (*typing.get_args(knob.type), knob.type)[0]
+
+
+def check(cfg: Config):
+    """Raise UserError for values that cannot work."""
+    for knob in fields(cfg):
+        name, value, kind = knob.name, getattr(cfg, knob.name), kind_of(knob)
+        if value is None and knob.default is None:
+            continue
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"--{name} must be of type {kind.__name__}, got {value!r}")
+        if kind in (int, float) and not LEAST.get(name, 0) <= value < math.inf:
+            raise UserError(f"--{name} must be at least {LEAST.get(name, 0)}, got {value}")
+        if value not in CHOICES.get(name, (value,)):
+            raise UserError(f"unknown --{name} {value!r}; choose from {', '.join(CHOICES[name])}")
+    if cfg.prompts % cfg.minibatch or cfg.minibatch % world():
+        raise UserError(f"--minibatch {cfg.minibatch} must divide --prompts {cfg.prompts}, and be "
+                        f"divisible by the {world()} processes")
+    if cfg.overlong_buffer >= cfg.max_new_tokens:
+        raise UserError(f"--overlong_buffer {cfg.overlong_buffer} must be smaller than "
+                        f"--max_new_tokens {cfg.max_new_tokens}")
     out = Path(cfg.out)
-    if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not overwritten; type --resume {out} to go on with it, or --out with a new name")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not cfg.resume:
-            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-        for name in LOGS:
-            (out / name).touch()
-    except OSError as error:
-        raise UserError(f"cannot write in --out {out}: {error.strerror}; choose another folder") from None
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if rank() == 0 and not cfg.resume and taken:
+        raise UserError(f"{out} exists and is not overwritten; type --resume {out} to go on with "
+                        "it, or --out with a new name")
 
 
-def train(cfg: Config, stop: Stop | None = None) -> dict:
-    """Run or resume a training and return the last step's metrics. Raises UserError before any work on bad input."""
-    check(cfg)
-    out, device = Path(cfg.out), use_device(cfg)
-    set_seed(cfg.seed)
-    checkpoint = load_checkpoint(cfg) if cfg.resume else None
-    state = checkpoint[2] if checkpoint else {"step": 0}
-    if state["step"] >= cfg.steps:
-        raise UserError(f"{out} is complete after {state['step']} steps; type --steps with a larger number to go on")
-    model, tokenizer = load_model(cfg) if checkpoint is None or cfg.kl_coef else checkpoint[:2]
-    train_problems, heldout = load_problems(cfg)
-    longest = check_prompts(train_problems + heldout, model, tokenizer, cfg)
-    transformers.utils.logging.disable_progress_bar()  # of saving; downloads are over
-    first(lambda: open_run(cfg))
-
-    precision = choose_precision(device)
-    autocast = lambda: torch.autocast(device.type, dtype=precision, enabled=precision is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-    model.to(device)  # fp32 master weights; AdamW must see them and not a half-precision copy
-    announce(model, precision, train_problems, heldout, cfg)
-
-    if cfg.model == "tiny" and (checkpoint is None or cfg.kl_coef):
-        sft_warmup(model, tokenizer, train_problems, cfg)
-        for p in model.parameters() if world() > 1 else ():
-            dist.broadcast(p.data, 0)  # a GPU's warm-up need not be the same to the last bit everywhere
-    reference = copy.deepcopy(model).eval() if cfg.kl_coef else None
-    if checkpoint:
-        model = checkpoint[0].to(device)
-    # a half-precision copy samples: half the bytes to read per token, and nothing to cast
-    sampler = model if precision is None and not cfg.fsdp else with_weights_in(precision, copy.deepcopy(model))
-    decoder = Decoder(sampler, cfg.cuda_graphs)
-    if cfg.gradient_checkpointing:  # only in train mode: while sampling it would turn the key/value cache off
-        # its new name, activation_checkpointing_enable, is missing from older releases
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable.*")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if cfg.fsdp:
-        shard(model)
-    if cfg.rehearse or (cfg.rehearse is None and device.type == "cuda"):
-        rehearse(model, decoder, tokenizer, longest, cfg, autocast)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    scheduler = get_constant_schedule_with_warmup(optimizer, cfg.lr_warmup)
-    stream, said, skipped = ProblemStream(train_problems, cfg.seed), set(), 0
-    if checkpoint:
-        restore(model, optimizer, scheduler, scaler, stream, state)
-        before = after = state["before"]
-        say(f"resumed after step {state['step']}")
-    else:
-        before = after = heldout_accuracy(sampler, tokenizer, heldout, cfg, decoder)
-        say(f"held-out accuracy before RL {before:.3f}")
-    if rank() == 0:
-        for name in LOGS:  # what was written after the checkpoint comes again
-            os.truncate(out / name, state.get("sizes", {}).get(name, 0))
-
-    saved, metrics = state["step"], {}
-    for step in range(saved + 1, cfg.steps + 1):
-        started = time.perf_counter()
-        seed_step(cfg, step)
-        sampler.eval()
-        with progress(cfg.prompts // world() * cfg.group_size, f"step {step} sampling") as bar:
-            samples = collect(sampler, tokenizer, stream, cfg, bar, decoder)
-        rewards = torch.tensor([s.reward for s in samples]).view(-1, cfg.group_size)  # (Q, G)
-        for s, advantage in zip(samples, group_advantages(rewards, cfg.divide_by_std).flatten().tolist()):
-            s.advantage = advantage
-        everyone = sum(gather(samples), [])
-        sampled = time.perf_counter()
-        with progress(len(samples) * cfg.epochs, f"step {step} updating") as bar:
-            stats, grad_norms = update(model, reference, optimizer, scheduler, scaler, samples, cfg, autocast, bar)
-        if sampler is not model:
-            with torch.no_grad():
-                for copied, master in zip(sampler.parameters(), model.parameters()):
-                    copied.copy_(whole(master))
-        updated = time.perf_counter()
-
-        finite = [norm for norm in grad_norms if math.isfinite(norm)]
-        for norm in grad_norms:
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-        stats = concat(gather({name: values.cpu() for name, values in stats.items()}))
-        metrics = {"step": step} | rollout_metrics(everyone, cfg) | token_metrics(stats, cfg) | {
-            "grad_norm": sum(finite) / max(1, len(finite)), "skipped_steps": len(grad_norms) - len(finite),
-            "lr": scheduler.get_last_lr()[0], "sample_seconds": sampled - started, "update_seconds": updated - sampled}
-        if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            metrics["heldout_accuracy"] = after = heldout_accuracy(sampler, tokenizer, heldout, cfg, decoder)
-        log(metrics, samples, tokenizer, cfg)
-        say(summary(metrics, cfg.steps))
-        for key, text in warnings_for(metrics, cfg.prompts // cfg.minibatch * cfg.epochs).items():
-            if key not in said:
-                said.add(key)
-                say(f"warning: {text}")
-        stopping = any(gather(stop is not None and stop.signal)) or skipped >= MAX_SKIPPED
-        if stopping or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
-            save(model, tokenizer, optimizer, {
-                "step": step, "before": before, "position": stream.position, "scheduler": scheduler.state_dict(),
-                "scaler": scaler.state_dict()}, cfg, saved)
-            saved = step
-        if skipped >= MAX_SKIPPED:
-            raise UserError(f"stopped at step {step}: {skipped} optimiser steps in a row had a gradient that is not finite, and "
-                            f"were left out; lower --lr or --temperature. The checkpoint in {out} is good")
-        if stopping:
-            say(f"stopped after step {step}; to go on type python aspo.py --resume {out}")
-            return metrics
-
-    rival = "grpo" if cfg.loss != "grpo" else "aspo"
-    say(f"held-out accuracy {before:.3f} -> {after:.3f} ({len(heldout)} problems x {cfg.eval_samples} samples)\n"
-        f"results in {out}: metrics.jsonl, samples.jsonl, checkpoint/\n"
-        f"next: python aspo.py --model {cfg.model} --loss {rival}" +
-        ("\n      python aspo.py --model qwen-0.5b    (a real model on GSM8K, on a GPU)" if cfg.model == "tiny" else ""))
-    return metrics
+def differences(saved: dict, cfg: Config) -> list[str]:
+    """Settings that would alter a run that is resumed."""
+    return [name for name, value in asdict(cfg).items()
+            if name not in MAY_CHANGE and saved.get(name) != value]
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+def read_config(folder: str) -> dict:
+    """The settings of a run. Raises UserError."""
+    path = Path(folder) / "config.json"
+    with explain(f"--resume {folder or repr(folder)} is no folder of a run: cannot read {path}"):
+        if (Path(folder) / "trainer.pt").exists():
+            raise UserError(f"{folder} is a checkpoint; type --resume {Path(folder).parent}")
+        saved = json.loads(path.read_text())
+        Config(**saved)  # raises TypeError for what is no setting
+    return saved
+
+
+def boolean(text: str) -> bool:
+    return bool(["false", "true"].index(text.lower()))
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Command line -> Config: the model's preset replaces the defaults, what was typed replaces both."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    """Command line -> Config. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(Config), re.M))
+    for knob in fields(Config):
+        kind = kind_of(knob)
+        options = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
+        parser.add_argument(f"--{knob.name}", metavar=kind.__name__, **options, help=(
+            f"{comments[knob.name]} ({knob.default})".replace("%", "%%")))
 
     def refuse(message: str):
         raise UserError(f"{message}; see python aspo.py --help")
 
     parser.error = refuse
-    typed = parser.parse_known_args(argv)[0]
-    if typed.resume:
-        path = Path(typed.resume) / "config.json"
-        try:
-            run = asdict(Config(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--resume {typed.resume}: cannot read {path} ({error}); expected the folder of a run") from None
-        parser.set_defaults(**run)
-        cfg = Config(**vars(parser.parse_args(argv)))
-        if changed := differences(run, cfg):
-            raise UserError(f"--{changed[0]} {getattr(cfg, changed[0])} would alter the run in {typed.resume}, which has "
-                            f"{run[changed[0]]}; leave it out, or start a new run")
-        cfg.out = cfg.resume
-        return cfg
-    real = dict(data="gsm8k", instruction="Please reason step by step, and put your final answer within \\boxed{}.")
-    parser.set_defaults(**(real | PRESETS.get(typed.model, (typed.model, {}))[1]))
-    cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.data == "arithmetic":
-        cfg.instruction = ""
-    if cfg.out is None:
-        cfg.out = f"runs/{Path(cfg.model).name}-{cfg.loss}-s{cfg.seed}"
+    typed = vars(parser.parse_args(argv))
+    if "resume" not in typed:
+        return Config(**PRESETS.get(typed.get("model", "tiny"), (None, {}))[1] | typed)
+    saved = read_config(typed["resume"])
+    cfg = Config(**saved | typed | {"out": typed["resume"]})
+    if changed := differences(saved, cfg):
+        raise UserError(f"--{changed[0]} {getattr(cfg, changed[0])} would alter the run in "
+                        f"{cfg.out}, which has {saved.get(changed[0])}; leave it out")
     return cfg
 
 
+class Output:
+    """stdout or stderr, which may fail at any time: output is not the run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None if it was closed from the start
+        with contextlib.suppress(AttributeError, ValueError):
+            self.stream.reconfigure(errors="replace")  # what ASCII cannot show
+
+    def write(self, text: str = "", flush: bool = False):
+        try:
+            return self.stream.flush() if flush else self.stream.write(text)
+        except (OSError, ValueError):  # a closed pipe, a full disk, a terminal that is gone
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        self.write(flush=True)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 for bad input, 1 if another process is gone, 128 + a signal."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported below
-    try:
-        cfg = parse(argv)
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        stop = Stop()
-        train(cfg, stop)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        print(f"error: process {rank()} lost contact with another one, whose own message tells why; the last checkpoint in "
-              f"{cfg.out} is good: type torchrun --nproc-per-node N aspo.py --resume {cfg.out}", file=sys.stderr)
-        return 1
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return stop.signal and 128 + stop.signal
+    """Run the command line. Exit status 2 is bad input, 1 a broken model, 128 + n signal n."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    with (contextlib.redirect_stdout(Output(sys.stdout)),
+          contextlib.redirect_stderr(Output(sys.stderr))):
+        try:
+            cfg = parse(argv)
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+                cuda = ",cuda:nccl" * torch.cuda.is_available()
+                dist.init_process_group(f"cpu:gloo{cuda}")
+            train(cfg)
+        except UserError as error:
+            if "ASPO_TRACEBACK" in os.environ:  # where did it come from?
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1 if isinstance(error, Broken) else 2
+        except KeyboardInterrupt:  # before the first step: there is nothing to save
+            return 128 + signal.SIGINT
+        except SystemExit as stop:  # by a signal, after a save; or --help
+            return stop.code or 0
+    return 0
 
 
 if __name__ == "__main__":
