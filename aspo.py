@@ -22,8 +22,8 @@ so at that step every r is 1 and all methods agree. From then on GRPO and ASPO d
     GRPO        r: what rose is pushed hardest   r, but 0 where r > dual_clip
     ASPO        1/r, at most dual_clip           r, at most dual_clip
 
-PART ONE is the whole method and runs by itself (--engine plain). Read `train`, its last function,
-first if you like to see the order of things before the things. Who calls whom:
+PART ONE is the whole method and runs by itself (--engine plain). `train`, its last function, shows
+the order of things; read it first if you like. Who calls whom:
     train > roll_out > policy.generate > plain_generate > pick
     train > group_advantages
     train > update > remember_old_logp > policy.token_logp > plain_logp
@@ -32,7 +32,7 @@ first if you like to see the order of things before the things. Who calls whom:
 PART TWO is the engine room. Part one enters it by these doors:
     open_run      -> run: policy, reward, stream, heldout, step; log, save, asked_to_stop, finish
     policy        generate, token_logp, reference_logp, micro_batches, fit, refresh_sampler; encode,
-                  decode, stop_ids, pad; zero_grad, backward, optimizer_step, learning_rate
+                  decode, stop_ids, pad; backward, optimizer_step, learning_rate
     all_sum, all_gather, rank, world    the processes of torchrun; without it there is one
     by_rows, draw, seed_step, progress, say    a sentence each where they stand
     refill, overlong_penalty, entropy_dependent_eps    off by default
@@ -40,55 +40,19 @@ PART TWO is the engine room. Part one enters it by these doors:
 Paper: arXiv 2510.06062. Where we depart from it: see "Departures" in README.md.
 """
 
-import argparse
-import contextlib
-import copy
-import csv
-import dataclasses
-import functools
-import hashlib
-import inspect
-import io
-import itertools
-import json
-import logging
 import math
-import os
-import random
-import re
-import runpy
-import shutil
-import signal
-import sys
 import time
-import types
-import typing
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import transformers
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LogitsProcessor
 
 from reward import extract_answer, is_readable, math_reward
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs out of one folder
-    fcntl = None
 
 # ================================================================================ PART ONE: method
 # ---------------------------------------------------------------------------------------- settings
@@ -369,9 +333,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
     gap = torch.zeros_like(logp)
     if sampler_logp is not None:
         gap = (old_logp - sampler_logp.float()).masked_fill(~mask, 0.0)
-    if cfg.tis_cap:
-        # pi_old / pi_sampler, capped: the sampler computes the same policy in other batches and
-        # rounds otherwise, so a token may be drawn more often than pi_old says.
+    if cfg.tis_cap:  # a token that rounding let the sampler draw too often counts less
         per_token = per_token * gap.exp().clamp(max=cfg.tis_cap)
     stats = {"advantage": advantages.expand_as(logp), "log_ratio": log_ratio, "weight": weight,
              "old_prob": old_logp.exp(), "mismatch": gap.abs()}
@@ -477,7 +439,6 @@ def remember_old_logp(policy: "Policy", samples: list[Sample]):
 
 def accumulate(policy: "Policy", samples: list[Sample], norm: float, cfg: Config) -> list[dict]:
     """Leave the gradient of one mini-batch in .grad, a micro-batch at a time."""
-    policy.zero_grad()  # a pass that ran out of memory has left a part behind
     stats = []
     for micro in policy.micro_batches(samples):
         ref_logp = policy.reference_logp(micro) if cfg.kl_coef else None
@@ -589,6 +550,46 @@ def train(cfg: Config, reward: Callable[[str, dict], float] | None = None) -> di
 
 # ====================================================================== PART TWO: the engine room
 # You know the method now. Each room opens with what it does, what it promises, when to touch it.
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import types
+import typing
+import warnings
+
+import torch.distributed as dist
+import transformers
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs out of one folder
+    fcntl = None
 
 
 class UserError(Exception):
@@ -1060,22 +1061,20 @@ def stop_tokens(model, tokenizer) -> list[int]:
 def draw(probs: Tensor) -> Tensor:
     """A token (B,) from probabilities (B, V): where the running sum passes a uniform number.
 
-    In two steps, first one of 64 blocks: a running sum over 150,000 tokens, in double as rounding
-    must not let through a token of probability 0, would move more memory than a 0.5B model.
+    First one of 64 blocks, then one inside it: a running sum over 150,000 tokens, in double as
+    rounding must not let tokens of probability 0 through, would move more than a 0.5B model reads.
     """
     if probs.shape[-1] % 64:
         probs = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % 64))
-    blocks = probs.unflatten(-1, (64, -1))  # (B, 64, V / 64)
+    blocks = probs.unflatten(-1, (64, -1))
     ends = blocks.sum(-1).double().cumsum(-1)  # (B, 64)
-    # 1 - [0, 1) is never 0. Where a policy has diverged, NaN is found beyond the end.
-    uniform = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]
-    block = torch.searchsorted(ends, uniform).clamp(max=63)  # (B, 1)
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[-1]))[:, 0]
-    inside = inside.double().cumsum(-1)
-    begin = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    share = (uniform - begin) / (ends.gather(1, block) - begin)
-    place = torch.searchsorted(inside, share * inside[:, -1:]).clamp(max=inside.shape[-1] - 1)
-    return (block * blocks.shape[-1] + place)[:, 0]
+    at = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]  # (B, 1), never 0
+    # NaN, of a policy that has diverged, is found beyond the end: hence the clamps.
+    block = torch.searchsorted(ends, at).clamp(max=63)
+    inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double().cumsum(-1)
+    at = inside[:, -1:] - (ends.gather(1, block) - at)  # counted from the block's own end
+    place = torch.searchsorted(inside, at.clamp(min=1e-300)).clamp(max=inside.shape[-1] - 1)
+    return (block * inside.shape[-1] + place)[:, 0]
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -1158,9 +1157,7 @@ class Decoder:
         return -(-n // COLUMN_STEP) * COLUMN_STEP if self.bucketed else n
 
     def allocate(self, prompt_cache: transformers.Cache, rows: int, columns: int):
-        def zeros(*shape, dtype=torch.long):
-            return torch.zeros(*shape, dtype=dtype, device=self.model.device)
-
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=self.model.device)
         self.graphs = {}
         self.cache = RowCache(prompt_cache, rows, columns)
         self.row = zeros(rows)  # the response that each row writes
@@ -1168,9 +1165,8 @@ class Decoder:
         self.position = zeros(rows, 1)  # where that stands in its sequence
         self.bias = zeros(rows, columns, dtype=self.model.dtype)  # added to scores: 0 or -inf
         self.t = zeros(1)  # how many tokens have been written
-        self.tokens = zeros(rows, columns)  # what has been written, a row per response
-        self.logps = zeros(rows, columns, dtype=torch.float)
-        self.entropies = zeros(rows, columns, dtype=torch.float)
+        # What has been written, a row per response: tokens, log-probabilities, entropies.
+        self.written = zeros(3, rows, columns, dtype=torch.double)
 
     def start(self, policy: "Policy", prompts: list[list[int]]):
         """Read every different prompt once, lay its cache out for its rows, pick first tokens."""
@@ -1206,12 +1202,10 @@ class Decoder:
 
     def write(self, logits: Tensor):
         """Pick every row's next token, and note it where its response stands."""
-        token, logp, entropy = pick(logits, self.temperature, self.top_p)
-        row = self.row[:len(token)]
-        self.token[:len(token)] = token
-        self.tokens[row, self.t] = token
-        self.logps[row, self.t] = logp
-        self.entropies[row, self.t] = entropy
+        picked = pick(logits, self.temperature, self.top_p)
+        n = len(logits)
+        self.token[:n] = picked[0]
+        self.written[:, self.row[:n], self.t] = torch.stack([x.double() for x in picked])
 
     def step(self):
         """Feed every row its last token and pick the next."""
@@ -1271,23 +1265,21 @@ def fast_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
     decoder = policy.decoder = policy.decoder or Decoder(policy.sampler)
     decoder.start(policy, prompts)
     n, limit = len(prompts), policy.max_new_tokens
-    stops = torch.tensor(policy.stop_ids, dtype=torch.long, device=decoder.row.device)
+    stops = torch.tensor(policy.stop_ids, device=decoder.row.device).long()
     done = decoder.row >= n  # rows without a response are done from the start
     for t in range(1, limit):
         if t % LOOK_EVERY == 0:
-            done |= torch.isin(decoder.tokens[:, t - LOOK_EVERY:t], stops).any(1)
+            done |= torch.isin(decoder.written[0, :, t - LOOK_EVERY:t].long(), stops).any(1)
             if done.all():
                 break
             decoder.drop(done)
         decoder.advance()
 
-    tokens = decoder.tokens[:n, :limit]
-    is_stop = torch.isin(tokens, stops)
-    lengths = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, limit)
-    beyond = torch.arange(limit, device=lengths.device) >= lengths[:, None]
-    entropy = decoder.entropies[:n, :limit].masked_fill(beyond, 0.0).sum(1) / lengths
-    return [(ids[:length], logp[:length], h) for ids, length, logp, h in zip(
-        tokens.tolist(), lengths.tolist(), decoder.logps[:n].cpu(), entropy.tolist())]
+    tokens, logp, entropy = decoder.written[:, :n, :limit]
+    is_stop = torch.isin(tokens.long(), stops)
+    lengths = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, limit).tolist()
+    return [(row[:length].long().tolist(), logps[:length].float(), h[:length].mean().item())
+            for row, logps, h, length in zip(tokens.cpu(), logp.cpu(), entropy.cpu(), lengths)]
 
 
 # ----------------------------------------------------------------------------------- fast: packing
@@ -1553,9 +1545,9 @@ class Policy:
 
     def pad(self, rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
         """Token ids (B, W), padded on one side, and the attention mask (B, W), 0 at padding."""
-        ids = pad_sequence(list(map(torch.tensor, rows)), True, self.pad_id, side)
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
-        return ids.to(self.sampler.device), mask.to(self.sampler.device)
+        rows = [torch.tensor(row, device=self.sampler.device) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+        return pad_sequence(rows, True, self.pad_id, side), mask
 
     def place(self, learning: bool):
         """Weights to the device, a copy for sampling where that pays, and the optimizer."""
@@ -1604,6 +1596,7 @@ class Policy:
                 raise UserError(f"out of memory with --{limit} {now}; try --gradient_checkpointing "
                                 "true, a smaller --max_new_tokens or --model, or more GPUs")
             setattr(self, limit, max(least, now // 2))
+            self.model.zero_grad()  # what a part of a mini-batch has left behind
             self.decoder = None
             torch.cuda.empty_cache()
             tqdm.write(f"out of memory: --{limit} is {getattr(self, limit)} from here on")
@@ -1643,9 +1636,6 @@ class Policy:
         """Log-probabilities (B, T) by the initial model."""
         return self.engine.token_logp(self, self.reference, samples)[0]
 
-    def zero_grad(self):
-        self.optimizer.zero_grad()
-
     def backward(self, loss: Tensor):
         self.scaler.scale(loss * world()).backward()  # FSDP averages where a sum is wanted
 
@@ -1659,7 +1649,7 @@ class Policy:
             self.scaler.step(self.optimizer)
             self.schedule.step()
         self.scaler.update()  # fp16: lowers the scale after an overflow
-        self.zero_grad()
+        self.optimizer.zero_grad()
         return grad_norm
 
     def learning_rate(self) -> float:
@@ -1667,16 +1657,11 @@ class Policy:
 
     @torch.no_grad()
     def is_another(self, samples: list[Sample]) -> bool:
-        """Whether next to nothing is left of the policy that drew these samples."""
+        """Whether an update has left next to nothing of the policy that drew these samples."""
         micro = self.micro_batches(samples)[0]
-        logp, entropy, mask = self.token_logp(micro)
+        logp, _, mask = self.token_logp(micro)
         before = torch.cat([s.sampler_logp for s in micro]).to(logp)
-        fall, h = (before - logp[mask]).mean(), entropy[mask].mean()
-        return bool(mask.any()) and not (fall < 3 and self.is_sane(h))  # not: NaN as well
-
-    def is_sane(self, entropy: float) -> bool:
-        """Neither one answer to everything nor noise."""
-        return 1e-3 < entropy < 0.97 * math.log(self.n_embeddings)
+        return bool(mask.any()) and not (before - logp[mask]).mean() < 2  # nats; NaN as well
 
 
 def recompute_layers(model):
@@ -1787,8 +1772,12 @@ def seed_step(cfg: Config, step: int):
 def say(text: str):
     """Print on the first process, without breaking a progress bar."""
     if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        try:
+            tqdm.write(text.encode(encoding, "replace").decode(encoding))
+            sys.stdout.flush()
+        except OSError:  # a closed pipe, a full disk, no terminal: output is not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(items, what: str) -> tqdm:
@@ -1970,7 +1959,7 @@ class Run:
                 elif sizes:
                     os.truncate(path, sizes[path.name])
                 path.touch()
-            write_json(self.out / "config.json", asdict(self.cfg) | {"resume": None})
+            write_json(self.out / "config.json", dataclasses.asdict(self.cfg) | {"resume": None})
 
     def log(self, metrics: dict, samples: list[Sample]):
         """A step's line of metrics.jsonl and of the screen, and four groups for samples.jsonl.
@@ -1978,8 +1967,8 @@ class Run:
         Raises Broken where the policy that sampled them is no longer one.
         """
         h, step = metrics["entropy"], metrics["step"]
-        lost = self.before > metrics["accuracy"] == 0 and not self.policy.is_sane(h)
-        if lost or not math.isfinite(h):
+        one_answer_or_noise = not 1e-3 < h < 0.97 * math.log(self.policy.n_embeddings)
+        if not math.isfinite(h) or self.before > metrics["accuracy"] == 0 and one_answer_or_noise:
             self.give_up(f"an entropy of {h:.3g} nats")
         logged = [{"step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
                    "response": s.text, "gold": s.gold, "reward": s.reward,
@@ -2011,11 +2000,9 @@ class Run:
     def save(self, step: int, samples: list[Sample]):
         """Write a checkpoint unless the model has just broken: Broken, or UserError, is raised."""
         if any(all_gather([self.policy.is_another(samples)])):
-            accuracy = heldout_accuracy(self.policy, self.heldout, self.cfg, self.reward)
-            if accuracy == 0 < self.before + sum(s.correct for s in samples):
-                self.give_up("no held-out response is right any more")
+            self.give_up("its own samples are unlikely now")
         state = {"step": step, "before": self.before, "position": self.stream.position,
-                 "config": asdict(self.cfg), "known": self.known,
+                 "config": dataclasses.asdict(self.cfg), "known": self.known,
                  "sizes": {name: (self.out / name).stat().st_size for name in LOGS}}
         new = self.out / "checkpoint.tmp"
         try:
@@ -2178,7 +2165,7 @@ def kind_of(knob: dataclasses.Field) -> type:
 
 def check(cfg: Config):
     """Raise UserError for values that cannot work."""
-    for knob in fields(cfg):
+    for knob in dataclasses.fields(cfg):
         name, value, kind = knob.name, getattr(cfg, knob.name), kind_of(knob)
         if value is None and knob.default is None:
             continue
@@ -2203,7 +2190,7 @@ def check(cfg: Config):
 
 def differences(saved: dict, cfg: Config) -> list[str]:
     """Settings that would alter a run that is resumed."""
-    return [name for name, value in asdict(cfg).items()
+    return [name for name, value in dataclasses.asdict(cfg).items()
             if name not in MAY_CHANGE and saved.get(name) != value]
 
 
@@ -2227,7 +2214,7 @@ def parse(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(Config), re.M))
-    for knob in fields(Config):
+    for knob in dataclasses.fields(Config):
         kind = kind_of(knob)
         options = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
         parser.add_argument(f"--{knob.name}", metavar=kind.__name__, **options, help=(
@@ -2248,49 +2235,28 @@ def parse(argv: list[str] | None = None) -> Config:
     return cfg
 
 
-class Output:
-    """stdout or stderr, which may fail at any time: output is not the run."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None if it was closed from the start
-        with contextlib.suppress(AttributeError, ValueError):
-            self.stream.reconfigure(errors="replace")  # what ASCII cannot show
-
-    def write(self, text: str = "", flush: bool = False):
-        try:
-            return self.stream.flush() if flush else self.stream.write(text)
-        except (OSError, ValueError):  # a closed pipe, a full disk, a terminal that is gone
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def flush(self):
-        self.write(flush=True)
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Exit status 2 is bad input, 1 a broken model, 128 + n signal n."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with (contextlib.redirect_stdout(Output(sys.stdout)),
-          contextlib.redirect_stderr(Output(sys.stderr))):
-        try:
-            cfg = parse(argv)
-            if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-                cuda = ",cuda:nccl" * torch.cuda.is_available()
-                dist.init_process_group(f"cpu:gloo{cuda}")
-            train(cfg)
-        except UserError as error:
-            if "ASPO_TRACEBACK" in os.environ:  # where did it come from?
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            return 1 if isinstance(error, Broken) else 2
-        except KeyboardInterrupt:  # before the first step: there is nothing to save
-            return 128 + signal.SIGINT
-        except SystemExit as stop:  # by a signal, after a save; or --help
-            return stop.code or 0
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start
+            setattr(sys, name, open(os.devnull, "w"))
+    try:
+        cfg = parse(argv)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+            cuda = ",cuda:nccl" * torch.cuda.is_available()
+            dist.init_process_group(f"cpu:gloo{cuda}")
+        train(cfg)
+    except UserError as error:
+        if "ASPO_TRACEBACK" in os.environ:  # where did it come from?
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Broken) else 2
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        return 128 + signal.SIGINT
+    except SystemExit as stop:  # by a signal, after a save; or --help
+        return stop.code or 0
     return 0
 
 
