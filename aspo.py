@@ -948,17 +948,16 @@ def warm_up(model, tokenizer, problems: list[dict], cfg: Config):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
     schedule = transformers.get_cosine_schedule_with_warmup(
         optimizer, cfg.sft_steps // 10, cfg.sft_steps)
+    pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100, where no loss is
     for _ in progress(range(cfg.sft_steps), "warm-up"):
-        ids, labels = [], []
+        batch = []
         for row in rng.choices(problems, k=32):
             prompt = tokenizer(row["problem"] + "=").input_ids
-            demonstration = tokenizer(sloppy_demonstration(row["problem"], rng)).input_ids
-            ids.append(torch.tensor(prompt + demonstration + [tokenizer.eos_token_id]))
-            labels.append(ids[-1].clone())
-            labels[-1][:len(prompt)] = -100
-        # Padding comes last, so that causality hides it.
-        model(input_ids=pad_sequence(ids, True), use_cache=False,
-              labels=pad_sequence(labels, True, -100)).loss.backward()
+            response = tokenizer(sloppy_demonstration(row["problem"], rng)).input_ids
+            response.append(tokenizer.eos_token_id)
+            labels = [-100] * len(prompt) + response
+            batch.append({"input_ids": prompt + response, "labels": labels})
+        model(**pad(batch), use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -987,17 +986,15 @@ PRESETS = {  # alias: hub id, settings. Sized for one GPU of 16 to 24 GB, from 1
 
 def what_lacks(folder: Path) -> str | None:
     """Why a folder is no model, in words that help; None if nothing is missing."""
-    names = [path.name for path in folder.iterdir()]
+    names = "\n".join(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         return "it is an adapter: merge it into its base model first (peft's merge_and_unload)"
     if "metrics.jsonl" in names:
-        return f"it is the folder of a run: type --model {folder / 'checkpoint'}"
-    if "config.json" not in names:
-        return "it has no config.json"
-    if not any(re.match(r"tokenizer|vocab|spiece|.*\.model$", name) for name in names):
-        return "it has no tokenizer (tokenizer.json)"
-    if not any(name.endswith((".safetensors", ".bin")) for name in names):
-        return "it has no weights (model.safetensors)"
+        return f"it is the folder of a run: type --model {folder}/checkpoint"
+    for what, pattern in (("config.json", r"^config\.json"), ("tokenizer", "^tokenizer|^vocab|^spiece"),
+                          ("weights", r"\.safetensors|\.bin$")):
+        if not re.search(pattern, names, re.M):
+            return f"it has no {what}"
 
 
 def load_model(cfg: Config):
@@ -1025,12 +1022,12 @@ def context(model) -> float:
     """How many tokens a row may have. Beyond the original length, rope types longrope and dynamic
     encode a position by what else is in the batch; for dynamic that is the length in the config."""
     config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = [settings.get("original_max_position_embeddings") or
-              getattr(config, "original_max_position_embeddings", None) or math.inf
-              for settings in (rope, *rope.values())  # some models have one for each kind of layer
-              if isinstance(settings, dict) and settings.get("rope_type") == "longrope"]
-    return min([getattr(config, "max_position_embeddings", None) or math.inf, *limits])
+    for kind in (rope, *rope.values()):  # some models have one for each kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            limits.append(kind.get("original_max_position_embeddings"))
+    return min(filter(None, limits), default=math.inf)
 
 
 def stop_tokens(model, tokenizer) -> list[int]:
@@ -1442,14 +1439,14 @@ def probe(policy: "Policy", engine: Engine) -> str | None:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     finally:
         model.set_attn_implementation(policy.own_attention)
-    gaps = [0.0]
+    gaps = torch.zeros(2)
     for s, row, where, (_, sampled, _) in zip(samples, logp, mask, drawn):
         ids = torch.tensor([s.prompt + s.response])
         own = model(input_ids=ids, use_cache=False).logits[0, len(s.prompt) - 1:-1]
         own, _ = logp_and_entropy(own, ids[0, len(s.prompt):], 1.0)
-        gaps += [(sampled - own).abs().max().item(), (row[where] - own).abs().max().item()]
-    if not all(gap < 1e-3 for gap in gaps):  # NaN as well
-        return f"log-probabilities are off by {max(gaps[1::2]):.2g} and {max(gaps[2::2]):.2g}"
+        gaps = gaps.maximum((torch.stack([sampled, row[where]]) - own).abs().amax(-1))
+    if not (gaps < 1e-3).all():  # NaN as well
+        return f"log-probabilities are off by {gaps[0]:.2g} and {gaps[1]:.2g}"
 
 
 def choose_engine(policy: "Policy"):
@@ -1606,12 +1603,11 @@ class Policy:
         responses = []
         with progress(prompts, "sampling") as bar:
             while len(responses) < len(prompts):
-                new = self.fit("sample_rows", self.generate_some, prompts[len(responses):])
-                responses += new
-                bar.update(len(new))
+                responses += self.fit("sample_rows", self.some, prompts[len(responses):])
+                bar.update(len(responses) - bar.n)
         return responses
 
-    def generate_some(self, prompts: list[list[int]]) -> list[tuple]:
+    def some(self, prompts: list[list[int]]) -> list[tuple]:
         return self.engine.generate(self, prompts[:self.sample_rows])
 
     @torch.no_grad()
