@@ -68,7 +68,7 @@ class Config:
     # what to train
     model: str = "tiny"  # tiny, an alias of PRESETS, a hub id or a local folder
     data: str = "gsm8k"  # arithmetic, sums, gsm8k, svamp, math, a hub id or a file
-    instruction: str | None = None  # appended to every problem [how to give the answer]
+    instruction: str | None = None  # appended to problems that are no chats [how to answer]
     thinking: bool = False  # let chat templates that can (Qwen3) open a thinking block
     reward: str | None = None  # your own, as FILE.py:NAME of f(response, row) -> float
     loss: str = "aspo"  # aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo: see WEIGHTS
@@ -991,8 +991,8 @@ def what_lacks(folder: Path) -> str | None:
         return "it is an adapter: merge it into its base model first (peft's merge_and_unload)"
     if "metrics.jsonl" in names:
         return f"it is the folder of a run: type --model {folder}/checkpoint"
-    for what, pattern in (("config.json", r"^config\.json"), ("tokenizer", "^tokenizer|^vocab|^spiece"),
-                          ("weights", r"\.safetensors|\.bin$")):
+    for what, pattern in (("config.json", r"^config\.json"), ("weights", r"\.safetensors|\.bin$"),
+                          ("tokenizer", r"^(tokenizer|vocab|spiece)|\.model$")):
         if not re.search(pattern, names, re.M):
             return f"it has no {what}"
 
@@ -1502,17 +1502,14 @@ class Policy:
 
     def encode(self, problem: dict) -> list[int]:
         """A problem's prompt as token ids."""
-        chat, instruction = problem.get("messages"), self.cfg.instruction
-        messages = [dict(m) for m in chat or [{"role": "user", "content": problem["problem"]}]]
-        if not chat or instruction != BOX:  # a chat brings an instruction of its own
-            messages[-1]["content"] = f"{messages[-1]['content']}\n{instruction}".strip()
+        text = f"{problem['problem']}\n{self.cfg.instruction}".strip()
+        messages = problem["messages"] or [{"role": "user", "content": text}]  # a chat has its own
         if self.tokenizer.chat_template:
             with explain(f"the chat template fails on the problem {problem['problem'][:60]!r}"):
                 text = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True,
                     enable_thinking=self.cfg.thinking)
             return self.tokenizer(text, add_special_tokens=False).input_ids  # the template's are in
-        text = "\n".join(m["content"] for m in messages)
         ids = self.tokenizer(f"Question: {text}\nAnswer:").input_ids
         while ids and ids[-1] in self.eos_ids:  # some tokenizers end every text
             ids.pop()
