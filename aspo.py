@@ -1848,6 +1848,8 @@ def load_policy(folder: Path, cfg: Config, problems: list[dict], known: dict):
             policy.optimizer.state[p][key] = x.to(p.device)
     for name in ("schedule", "scaler"):
         getattr(policy, name).load_state_dict(state[name])
+    for group in policy.optimizer.param_groups:  # the schedule sets it only after a step
+        group["lr"] = policy.learning_rate()
     return policy, state
 
 
