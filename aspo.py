@@ -1177,7 +1177,7 @@ class Decoder:
             **{CACHE: prompt_cache}).logits[:, -1]
         n, width = len(prompts), ids.shape[1]
         rows, columns = self.round_rows(n), self.round_columns(width + policy.max_new_tokens)
-        fits = self.cache and rows <= len(self.row) and columns <= self.bias.shape[1]
+        fits = self.cache is not None and rows <= len(self.row) and columns <= self.bias.shape[1]
         if not fits or not self.bucketed:
             self.cache = None  # before the new one is made
             self.allocate(prompt_cache, rows, columns)
