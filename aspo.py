@@ -1061,8 +1061,9 @@ def draw(probs: Tensor) -> Tensor:
     First one of 64 blocks, then one inside it: a running sum over 150,000 tokens, in double as
     rounding must not let tokens of probability 0 through, would move more than a 0.5B model reads.
     """
-    if probs.shape[-1] % 64:
-        probs = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % 64))
+    size = probs.shape[-1]
+    if size % 64:
+        probs = torch.nn.functional.pad(probs, (0, -size % 64))
     blocks = probs.unflatten(-1, (64, -1))
     ends = blocks.sum(-1).double().cumsum(-1)  # (B, 64)
     at = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]  # (B, 1), never 0
@@ -1070,8 +1071,8 @@ def draw(probs: Tensor) -> Tensor:
     block = torch.searchsorted(ends, at).clamp(max=63)
     inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double().cumsum(-1)
     at = inside[:, -1:] - (ends.gather(1, block) - at)  # counted from the block's own end
-    place = torch.searchsorted(inside, at.clamp(min=1e-300)).clamp(max=inside.shape[-1] - 1)
-    return (block * inside.shape[-1] + place)[:, 0]
+    place = torch.searchsorted(inside, at.clamp(min=1e-300))
+    return (block * inside.shape[-1] + place)[:, 0].clamp(max=size - 1)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
