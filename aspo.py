@@ -1078,7 +1078,8 @@ def draw(probs: Tensor) -> Tensor:
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """The most likely tokens that reach top_p together keep their probabilities, others get 0."""
     ranked, order = probs.sort(-1, descending=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that crosses top_p
+    # keeps the token that crosses top_p
+    ranked.masked_fill_(ranked.cumsum(-1) - ranked >= top_p, 0)
     return torch.zeros_like(probs).scatter_(-1, order, ranked)
 
 
