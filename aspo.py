@@ -1736,7 +1736,8 @@ def shard(model, device: torch.device, dtype: torch.dtype):
 
     half = None if dtype == torch.float32 else dtype
     options = dict(mesh=dist.init_device_mesh(device.type, (world(),)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(half, torch.float32))
+                   mp_policy=fsdp.MixedPrecisionPolicy(half, torch.float32),
+                   reshard_after_forward=True)  # of the root as well, which may be saved next
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
             fsdp.fully_shard(module, **options)
