@@ -1,4 +1,4 @@
-"""ASPO and GRPO for language models, in one file.
+"""ASPO and GRPO for language models, in one file (reward.py beside it tells right answers).
 
     python aspo.py                                # a tiny built-in model learns sums on a CPU
     python aspo.py --loss grpo                    # the same run with GRPO
@@ -14,16 +14,18 @@ tokens. Raise the log-probability of good tokens, lower that of bad ones: the lo
 
     -A * w(r, sign A) * grad log pi(token)      r = pi(token) / pi_old(token), the importance ratio
 
-so a method *is* its weight w. pi_old is the policy before the first optimiser step on a rollout,
-so at that step every r is 1 and all methods agree. From then on GRPO and ASPO differ in two places:
+so a method *is* its weight w. pi_old is the policy before the first optimiser step on a rollout:
+there every r is 1, and so is every w. From the second step on GRPO and ASPO differ in two places:
 
-                good tokens, A > 0               bad tokens, A < 0
-    PPO's clip  0 where r > 1 + eps_high         0 where r < 1 - eps_low           (both methods)
-    GRPO        r: what rose is pushed hardest   r, but 0 where r > dual_clip
-    ASPO        1/r, at most dual_clip           r, at most dual_clip
+            good tokens, A > 0                  bad tokens, A < 0
+    GRPO    r                                   r, but 0 where r > dual_clip
+    ASPO    1/r, at most dual_clip              r, at most dual_clip
+    both    0 where r > 1 + eps_high            0 where r < 1 - eps_low           (PPO's clip)
 
-PART ONE is the whole method and runs by itself (--engine plain). `train`, its last function, shows
-the order of things; read it first if you like. Who calls whom:
+So of the good tokens GRPO pushes hardest what has already risen, ASPO what lags behind.
+
+PART ONE is the whole method, and all that --engine plain computes. `train`, its last function,
+shows the order of things; read it first if you like. Who calls whom:
     train > roll_out > policy.generate > plain_generate > pick
     train > group_advantages
     train > update > remember_old_logp > policy.token_logp > plain_logp
@@ -31,10 +33,10 @@ the order of things; read it first if you like. Who calls whom:
     train > heldout_accuracy > roll_out
 PART TWO is the engine room. Part one enters it by these doors:
     open_run      -> run: policy, reward, stream, heldout, step; log, save, asked_to_stop, finish
-    policy        generate, token_logp, reference_logp, micro_batches, fit, refresh_sampler; encode,
-                  decode, stop_ids, pad; backward, optimizer_step, learning_rate
+    policy        generate, token_logp, micro_batches; backward, optimizer_step, refresh_sampler;
+                  fit: a call, made again in smaller parts if memory runs out; encode, decode, pad
     all_sum, all_gather, rank, world    the processes of torchrun; without it there is one
-    by_rows, draw, seed_step, progress, say    a sentence each where they stand
+    draw, by_rows, seed_step, progress, say    a sentence each where they stand
     refill, overlong_penalty, entropy_dependent_eps    off by default
 
 Paper: arXiv 2510.06062. Where we depart from it: see "Departures" in README.md.
@@ -59,16 +61,16 @@ from reward import extract_answer, is_readable, math_reward
 
 @dataclass
 class Config:
-    """Every setting. The comment behind it is its --help, which is made from this source.
+    """Every setting. The comment behind it, two spaces and a # away, is its --help.
 
-    [Brackets]: a default that depends on another setting. Aliases of models bring their own, too,
-    see PRESETS; what is typed wins.
+    [Brackets]: what None stands for. The tiny model and the aliases replace some defaults, see
+    PRESETS; what is typed wins.
     """
 
     # what to train
     model: str = "tiny"  # tiny, an alias of PRESETS, a hub id or a local folder
-    data: str = "gsm8k"  # arithmetic, sums, gsm8k, svamp, math, a hub id or a file
-    instruction: str | None = None  # appended to problems that are no chats [how to answer]
+    data: str | None = None  # arithmetic, sums, gsm8k, svamp, math, hub id or file [gsm8k]
+    instruction: str | None = None  # appended to every problem but chats [the answer's format]
     thinking: bool = False  # let chat templates that can (Qwen3) open a thinking block
     reward: str | None = None  # your own, as FILE.py:NAME of f(response, row) -> float
     loss: str = "aspo"  # aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo: see WEIGHTS
@@ -90,8 +92,8 @@ class Config:
     entropy_clip: bool = False  # both eps .4 for the most uncertain tokens, else .2 (Archer)
     dual_clip: float = 3.0  # aspo caps the weight here; grpo drops bad tokens with r above it
     loss_agg: str | None = None  # mean over token, sequence or constant [see METHOD_DEFAULTS]
-    kl_coef: float = 0.0  # weight of the k3 KL to the initial model; 0 keeps it out of memory
-    tis_cap: float = 0.0  # truncated importance sampling for the sampler's rounding; 0: off
+    kl_coef: float = 0.0  # weight of the KL to the initial model; 0: it is not kept in memory
+    tis_cap: float = 0.0  # cap of pi_old / pi_sampler, which weighs out rounding (TIS); 0: off
     # update
     minibatch: int = 8  # prompts per optimiser step
     epochs: int = 2  # how often each rollout is trained on
@@ -109,19 +111,19 @@ class Config:
     out: str | None = None  # run folder [runs/<model>-<loss>-s<seed>]
     resume: str | None = None  # run folder to go on with
     device: str = "auto"  # cuda if there is one, else cpu
-    engine: str = "auto"  # fast, plain, or fast wherever it gives plain's numbers
-    sample_rows: int = 256  # responses sampled at once; another number draws other ones
+    engine: str = "auto"  # fast, plain, or fast for the models that it is right for
+    sample_rows: int = 256  # responses sampled at once; with another number they are others
     micro_tokens: int = 8192  # tokens per forward and backward
     gradient_checkpointing: bool = False  # less memory, a third slower
 
     def __post_init__(self):
-        for name, value in (METHOD_DEFAULTS["grpo"] | METHOD_DEFAULTS.get(self.loss, {})).items():
+        tiny, name = self.model == "tiny", Path(self.model).name or Path.cwd().name
+        data = self.data or ("arithmetic" if tiny else "gsm8k")
+        resolved = {"data": data, "instruction": "" if tiny else INSTRUCTIONS.get(data, BOX),
+                    "out": f"runs/{name}-{self.loss}-s{self.seed}"}
+        for name, value in (METHOD_DEFAULTS | METHOD_CHANGES.get(self.loss, {}) | resolved).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.instruction is None:
-            self.instruction = "" if self.model == "tiny" else INSTRUCTIONS.get(self.data, BOX)
-        name = Path(self.model).name or Path(self.model).resolve().name  # of "." too
-        self.out = self.out or f"runs/{name}-{self.loss}-s{self.seed}"
 
 
 # ------------------------------------------------------------------------------ samples and rewards
@@ -137,11 +139,12 @@ class Sample:
     text: str = ""  # the response, decoded
     truncated: bool = False  # no stop token within max_new_tokens
     entropy: float = 0.0  # mean over the response's tokens, nats
-    correct: float = 0.0  # or 1.0; what a reward of your own says
+    correct: float = 0.0  # 1 for a right answer; or what a reward of your own says
     reward: float = 0.0  # correct, less the overlong penalty
     advantage: float = 0.0  # the reward compared with the group
     sampler_logp: Tensor | None = None  # (tokens,) as the sampler saw it
-    old_logp: Tensor | None = None  # (tokens,) before the update: the same but for rounding
+    old_logp: Tensor | None = None  # (tokens,) before the rollout's first optimiser step: the
+    # same policy as the sampler's, but computed as in the update, which rounds otherwise
 
 
 def right_answer(response: str, problem: dict) -> float:
@@ -152,10 +155,10 @@ def right_answer(response: str, problem: dict) -> float:
 def roll_out(policy: "Policy", problems: list[dict], n: int, cfg: Config,
              reward: Callable[[str, dict], float] = right_answer) -> list[Sample]:
     """n responses to every problem, scored."""
-    samples, rows = [], [problem for problem in problems for _ in range(n)]
+    rows = [problem for problem in problems for _ in range(n)]
     prompts = [policy.encode(row) for row in rows]
-    for row, prompt, drawn in zip(rows, prompts, policy.generate(prompts)):
-        response, logp, entropy = drawn
+    samples = []
+    for row, prompt, (response, logp, entropy) in zip(rows, prompts, policy.generate(prompts)):
         s = Sample(row["problem"], row["answer"], prompt, response, policy.decode(response),
                    entropy=entropy, sampler_logp=logp)
         s.correct = reward(s.text, row)
@@ -188,8 +191,8 @@ def pick(logits: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor
 class Draw(LogitsProcessor):
     """Draws the tokens, and notes the very log-probabilities that they were drawn with.
 
-    `generate` of transformers, which is greedy here, shows it the logits of every next token. It
-    puts all but those of the token drawn to -inf, so that the greedy choice is this token.
+    `generate` of transformers, greedy by default, shows it the logits of every next token. It puts
+    all but those of the token drawn to -inf, so that the greedy choice is this token.
     """
 
     def __init__(self, temperature: float, top_p: float):
@@ -208,18 +211,20 @@ class Draw(LogitsProcessor):
 def plain_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
     """A response to each prompt: its tokens, their log-probabilities (tokens,), mean entropy."""
     ids, attention_mask = policy.pad(prompts, "left")  # (B, P) each
-    draw, model = Draw(policy.temperature, policy.top_p), policy.sampler
+    drawn, model = Draw(policy.temperature, policy.top_p), policy.sampler
+    own_settings = model.generation_config
     # Assigned, not passed: what is passed is merged with the model's own settings, and its top_k
     # or repetition_penalty would make the sampler another policy than the one in the ratio.
-    own, model.generation_config = model.generation_config, GenerationConfig(
+    model.generation_config = GenerationConfig(
         max_new_tokens=policy.max_new_tokens, eos_token_id=policy.stop_ids or None,
         pad_token_id=policy.pad_id)
     try:
         with policy.half_precision():
-            out = model.generate(ids, attention_mask=attention_mask, logits_processor=[draw])
+            out = model.generate(ids, attention_mask=attention_mask, logits_processor=[drawn])
     finally:
-        model.generation_config = own
-    logp, entropy = torch.stack(draw.logp, 1).cpu(), torch.stack(draw.entropy, 1).cpu()  # (B, T)
+        model.generation_config = own_settings
+    logp = torch.stack(drawn.logp, 1).cpu()  # (B, T)
+    entropy = torch.stack(drawn.entropy, 1).cpu()
     responses = []
     for i, tokens in enumerate(out[:, ids.shape[1]:].tolist()):
         stops = [t for t, token in enumerate(tokens) if token in policy.stop_ids]
@@ -269,8 +274,9 @@ def grpo(r, advantages, eps, dual_clip):
 def aspo(r, advantages, eps, dual_clip):
     """The ratio, upside down for good tokens. The soft dual clip caps the weight.
 
-    All tokens of a response share one A, so r corrects no distribution here: it only weighs
-    tokens. By r, the likely ones win ever more and the entropy collapses; 1/r lifts those behind.
+    A is the whole response's, not the token's: r says nothing of how good a token was, and only
+    scales its step. A good token that fell to half its probability is pushed by .5 under GRPO, by
+    2 here; one that rose by 1.2, by 1.2 and by .83. The first way the likely become ever likelier.
     """
     flipped = torch.where(advantages >= 0, 1 / r, r)
     return flipped.clamp(max=dual_clip) * unclipped(r, advantages, eps)
@@ -287,16 +293,16 @@ def cispo(r, advantages, eps, dual_clip):
 
 
 def gspo(r, advantages, eps, dual_clip):
-    """The clipped ratio of the whole sequence, see `policy_loss` (Qwen, arXiv 2507.18071)."""
+    """PPO's clip, but r is the sequence's: see `policy_loss` (Qwen, arXiv 2507.18071)."""
     return r * unclipped(r, advantages, eps)
 
 
 WEIGHTS = {"grpo": grpo, "aspo": aspo, "no-is": no_is, "cispo": cispo, "gspo": gspo,
            "dapo": grpo, "dr-grpo": grpo}
-# What a method changes besides its weight; the first line is everyone's default. DAPO's dynamic
-# sampling and overlong penalty are knobs of their own: --max_refills, --overlong_buffer.
-METHOD_DEFAULTS = {
-    "grpo": dict(eps_low=0.2, eps_high=0.2, divide_by_std=True, loss_agg="token"),
+METHOD_DEFAULTS = dict(eps_low=0.2, eps_high=0.2, divide_by_std=True, loss_agg="token")
+# What a method changes besides its weight. DAPO's dynamic sampling and overlong penalty are knobs
+# of their own: --max_refills, --overlong_buffer.
+METHOD_CHANGES = {
     "dapo": dict(eps_high=0.28),
     "gspo": dict(eps_low=3e-4, eps_high=4e-4, loss_agg="sequence"),
     "dr-grpo": dict(divide_by_std=False, loss_agg="constant"),
@@ -309,16 +315,18 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
                 norm: float | None = None, entropy: Tensor | None = None,
                 ref_logp: Tensor | None = None,
                 sampler_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A * w * log pi: its gradient is the method's, its value means nothing.
+    """-A * w * log pi, whose gradient is the method's while its value means nothing, and the KL.
 
-    All are (B, T), advantages (B, 1); what stands outside the mask does not matter. norm is the
-    number of tokens (loss_agg token) or of sequences to average over: the whole mini-batch's,
-    or the gradient would depend on the cuts into micro-batches. None: this mask's own.
-    entropy is needed by entropy_clip, ref_logp by kl_coef, sampler_logp by tis_cap.
-    Returns the loss and (tokens,) tensors for the metrics.
+    All are (B, T), advantages (B, 1). norm: the number of tokens (loss_agg token) or of sequences
+    to average over; of the whole mini-batch, or the gradient would depend on how it is cut into
+    micro-batches. None counts those of the mask. entropy is needed by entropy_clip, ref_logp by
+    kl_coef, sampler_logp by tis_cap. Returns the loss, and per token of the mask what the metrics
+    need, (tokens,) each.
     """
     mask = mask.bool()
-    logp, old_logp = logp.float().masked_fill(~mask, 0.0), old_logp.float().masked_fill(~mask, 0.0)
+    # Whatever stands outside the mask, 0 times infinity would be NaN.
+    logp = logp.float().masked_fill(~mask, 0.0)
+    old_logp = old_logp.float().masked_fill(~mask, 0.0)
     lengths = mask.sum(-1, keepdim=True)  # (B, 1)
     with torch.no_grad():
         log_ratio = logp - old_logp
@@ -326,14 +334,15 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
             log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths.clamp(min=1)).expand_as(logp)
         r, eps = ratio(log_ratio), (cfg.eps_low, cfg.eps_high)
         if cfg.entropy_clip:
-            eps = (entropy_dependent_eps(entropy, mask),) * 2
+            each = entropy_dependent_eps(entropy, mask)
+            eps = each, each
         weight = WEIGHTS[cfg.loss](r, advantages, eps, cfg.dual_clip)
     per_token = -advantages * weight * logp
 
     gap = torch.zeros_like(logp)
     if sampler_logp is not None:
         gap = (old_logp - sampler_logp.float()).masked_fill(~mask, 0.0)
-    if cfg.tis_cap:  # a token that rounding let the sampler draw too often counts less
+    if cfg.tis_cap:  # a token that rounding made likelier to be drawn counts less
         per_token = per_token * gap.exp().clamp(max=cfg.tis_cap)
     stats = {"advantage": advantages.expand_as(logp), "log_ratio": log_ratio, "weight": weight,
              "old_prob": old_logp.exp(), "mismatch": gap.abs()}
@@ -345,7 +354,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 
     if cfg.loss_agg == "sequence":  # a mean of sequence means
         per_token = per_token / lengths.clamp(min=1)
-    elif cfg.loss_agg == "constant":  # Dr. GRPO
+    elif cfg.loss_agg == "constant":  # as if all were of full length: Dr. GRPO
         per_token = per_token / cfg.max_new_tokens
     if norm is None:
         norm = lengths.sum() if cfg.loss_agg == "token" else (lengths > 0).sum()
@@ -358,15 +367,15 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 def plain_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability and entropy of each response token, and the mask, (B, T) each.
 
-    The tensors begin where the shortest prompt ends; the mask is True at R.
+    They begin where the shortest prompt ends, at column `first` of the ids; the mask is True at R.
 
-        P P R R R . .       P prompt, R response with its stop token, . padding
-        P P P P R R R           W columns of ids, of which the last T are kept
-            |-- T --|           from `first`, the length of the shortest prompt
+        P P R R R . .       P prompt, R response with its stop token, . padding: W columns
+        P P P P R R R
+            |-- T --|
     """
     ids, attention_mask = policy.pad([s.prompt + s.response for s in samples])  # (B, W) each
     prompt_lengths = torch.tensor([[len(s.prompt)] for s in samples], device=ids.device)  # (B, 1)
-    first = min(int(prompt_lengths.min()), ids.shape[1] - 1)
+    first = min(int(prompt_lengths.min()), ids.shape[1] - 1)  # at least a column, see `nothing`
     with policy.half_precision():
         logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
     # (B, W, V) -> (B, T, V), and (B, W) -> (B, T): the logits at one place tell of the next token.
@@ -375,7 +384,7 @@ def plain_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, 
     # From lengths: looking for padding tokens would miss stop tokens where both are one.
     mask = attention_mask[:, first:].bool() & (column >= prompt_lengths)  # (B, T)
 
-    # = logp_and_entropy(logits, targets, temperature), a few rows at a time: with a vocabulary of
+    # logp_and_entropy(logits, targets, temperature), a few rows at a time: with a vocabulary of
     # 150 k, the fp32 copies of all logits would take 30 GB.
     logp, entropy = by_rows(logp_and_entropy, logits, targets, policy.temperature)
     return logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0), mask
@@ -407,7 +416,7 @@ def plain_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sam
 
 
 class Engine(NamedTuple):
-    """What samples and computes log-probabilities. FAST, in part two, gives the same numbers."""
+    """What samples and computes log-probabilities. Part two has another, FAST, with these doors."""
 
     name: str
     generate: Callable
@@ -427,14 +436,14 @@ def chunks(samples: list[Sample], size: int) -> list[list[Sample]]:
 
 @torch.no_grad()
 def remember_old_logp(policy: "Policy", samples: list[Sample]):
-    """Note the log-probabilities of a mini-batch before the update: ratios are relative to them.
+    """Note log-probabilities before the rollout's first step: all its ratios are relative to them.
 
     In the very micro-batches of `accumulate`: in others, rounding would move r away from 1.
     """
     for micro in policy.micro_batches(samples):
         logp, _, mask = policy.token_logp(micro)
         for s, row, where in zip(micro, logp, mask):
-            s.old_logp = row[where]
+            s.old_logp = row[where].cpu()
 
 
 def accumulate(policy: "Policy", samples: list[Sample], norm: float, cfg: Config) -> list[dict]:
@@ -457,11 +466,12 @@ def accumulate(policy: "Policy", samples: list[Sample], norm: float, cfg: Config
 
 def update(policy: "Policy", samples: list[Sample], cfg: Config) -> tuple[list, list[float]]:
     """Train on one rollout. Returns policy_loss's stats and the gradient norm of each step."""
-    minibatches = chunks(samples, cfg.minibatch // world() * cfg.group_size)  # not shuffled
+    per_step = cfg.minibatch // world() * cfg.group_size  # of this process
+    minibatches = chunks(samples, per_step)
     if cfg.mask_truncated:  # out of the sum and of the norm
         minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
-    # A sample with advantage 0 has no gradient to compute. It still counts in the norm: left
-    # out, the few samples that do say something would be stepped along all the further.
+    # A sample with advantage 0 has no gradient to compute. It still counts in the norm: else a
+    # mini-batch in which one group of eight says something would make a step eight times as long.
     active = [[s for s in batch if s.advantage or cfg.kl_coef] for batch in minibatches]
 
     for batch in active:
@@ -484,7 +494,7 @@ def update(policy: "Policy", samples: list[Sample], cfg: Config) -> tuple[list, 
 
 def heldout_accuracy(policy: "Policy", problems: list[dict], cfg: Config,
                      reward: Callable[[str, dict], float] = right_answer) -> float:
-    """Mean score of samples on problems that are never trained on; always the same seed."""
+    """Mean score on problems that are never trained on; always the same seed."""
     seed_step(cfg, 0)
     samples = roll_out(policy, problems[rank()::world()], cfg.eval_samples, cfg, reward)
     return all_sum(sum(s.correct for s in samples)) / all_sum(len(samples))
@@ -536,9 +546,9 @@ def train(cfg: Config, reward: Callable[[str, dict], float] | None = None) -> di
         }
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             metrics["heldout_accuracy"] = heldout_accuracy(policy, run.heldout, cfg, run.reward)
-        run.log(metrics, samples)  # raises Broken where the model is
+        run.log(metrics, samples)  # raises Broken if the model no longer is one
 
-        # 5. Save. A run that is stopped here goes on with --resume as if it had not been.
+        # 5. Save. A run that a signal stops here goes on with --resume as if it had not been.
         stop = run.asked_to_stop()
         if stop or last or (cfg.save_every and step % cfg.save_every == 0):
             run.save(step, samples)
@@ -693,12 +703,11 @@ def update_metrics(stats: list[dict], grad_norms: list[float], cfg: Config) -> d
     finite = [g for g in grad_norms if math.isfinite(g)]
     names = stats[0] if stats else ["advantage", "log_ratio", "weight", "old_prob", "mismatch"]
     of = {name: torch.cat([torch.zeros(0), *(s[name] for s in stats)]).float() for name in names}
-    log_ratio, weight, unlikely = of["log_ratio"].clamp(-20, 20), of["weight"], of["old_prob"] < 0.5
-    r = ratio(log_ratio)
+    weight, unlikely, r = of["weight"], of["old_prob"] < 0.5, ratio(of["log_ratio"])
     result = {
         "grad_norm": mean(finite) or 0.0,  # steady; 0 if there was no step
         "skipped_steps": len(grad_norms) - len(finite),  # not finite: 0; with fp16 a few
-        "approx_kl": mean(r - 1 - log_ratio),  # of pi_old and pi: under 0.05
+        "approx_kl": mean(r - 1 - r.log()),  # of pi_old and pi: under 0.05
         # |log pi_old - the sampler's|: 1e-6 in fp32, more in half precision
         "sampler_mismatch": mean(of["mismatch"]),
     }
@@ -773,8 +782,8 @@ def make_problem(row: dict) -> dict:
     gold = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
     # GSM8K's "... #### 7" and MATH's "... \boxed{7}"; a bare answer stays what it is.
     extracted = extract_answer(gold)
-    if answer is row.get("solution") and not extracted:
-        raise ValueError("the solution has no \\boxed{} answer")
+    if not extracted and len(gold) > 300:
+        raise ValueError("the answer is long, and nothing in it is marked as final")
     text, gold = text.strip(), (extracted or gold).strip()
     if not text or not gold or re.fullmatch("[-+]?(nan|inf|infinity)", gold, re.I):
         raise ValueError(f"problem and answer must not be empty, and {gold!r} is no answer")
@@ -787,24 +796,24 @@ def make_problems(rows: list, where: str, strict: bool = True) -> list[dict]:
 
     Raises UserError for a row that is none; not strict: leaves it out.
     """
-    found, failure = {}, None
+    found, n_rows, failure = {}, 0, None
     for number, row in enumerate(progress(rows, f"reading {where}"), 1):
         try:
             with explain(f'{where} {number}: expected {{"problem": "...", "answer": "..."}}'):
                 if isinstance(row, str) and not row.strip():
                     continue
                 problem = make_problem(json.loads(row) if isinstance(row, str) else row)
-                found.setdefault(problem["problem"], []).append(problem)
+                found.setdefault(problem["problem"], problem)
+                n_rows += 1
         except UserError as error:
             if strict:
                 raise
             failure = failure or error
     if failure:
         say(f"warning: rows without a problem or an answer are left out; the first is {failure}")
-    n_rows = sum(map(len, found.values()))
     if n_rows > len(found):
         say(f"{where}: {n_rows} rows hold {len(found)} different problems; the first of each stays")
-    return [copies[0] for copies in found.values()]
+    return list(found.values())
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -989,8 +998,6 @@ def what_lacks(folder: Path) -> str | None:
     names = "\n".join(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         return "it is an adapter: merge it into its base model first (peft's merge_and_unload)"
-    if "metrics.jsonl" in names:
-        return f"it is the folder of a run: type --model {folder}/checkpoint"
     for what, pattern in (("config.json", r"^config\.json"), ("weights", r"\.safetensors|\.bin$"),
                           ("tokenizer", r"^(tokenizer|vocab|spiece)|\.model$")):
         if not re.search(pattern, names, re.M):
@@ -1083,14 +1090,10 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter_(-1, order, ranked)
 
 
-def logits_at_once(device: torch.device) -> int:
-    """In fp32: 128 MiB a copy on a CPU, 512 MiB on a GPU, which reads the head for each part."""
-    return 2**27 if device.type == "cuda" else 2**25
-
-
 def by_rows(work, x: Tensor, targets: Tensor, *args, logits_per_row: int | None = None):
     """work(x, targets, *args), a few rows at a time, each done again for the backward pass."""
-    rows = max(1, logits_at_once(x.device) // max(1, logits_per_row or x[0].numel()))
+    at_once = 2**27 if x.is_cuda else 2**25  # logits in fp32: 512 and 128 MiB a copy
+    rows = max(1, at_once // max(1, logits_per_row or x[0].numel()))
     parts = [checkpoint(work, *pair, *args, use_reentrant=False, preserve_rng_state=False)
              for pair in zip(x.split(rows), targets.split(rows))]
     return tuple(map(torch.cat, zip(*parts)))
@@ -1490,10 +1493,12 @@ class Policy:
         self.eos_ids = stop_tokens(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None or pad >= self.n_embeddings else pad
-        self.prompts_digest = digest(self.check_prompts(problems))
+        prompts = self.check_prompts(problems)
+        self.prompts_digest = digest(prompts)
+        self.longest = max(map(len, prompts)) + cfg.max_new_tokens
 
         self.dtype, self.temperature, self.top_p = torch.float32, 1.0, 1.0
-        self.max_new_tokens, self.stop_ids = 6, []
+        self.max_new_tokens, self.stop_ids = 6, []  # for the probe
         choose_engine(self)
         self.temperature, self.decoder = cfg.temperature, None
         self.max_new_tokens, self.stop_ids = cfg.max_new_tokens, self.eos_ids
@@ -1533,7 +1538,6 @@ class Policy:
             if self.cfg.model == "tiny" and self.tokenizer.unk_token_id in ids:
                 raise UserError(f"the tiny model reads only sums; choose a --model for {begin}")
             prompts.append(ids)
-        self.longest = max(map(len, prompts)) + limit
         return prompts
 
     def decode(self, ids: list[int]) -> str:
@@ -1601,13 +1605,11 @@ class Policy:
         """A response to each prompt: its tokens, their log-probabilities, the mean entropy."""
         responses = []
         with progress(prompts, "sampling") as bar:
-            while len(responses) < len(prompts):
-                responses += self.fit("sample_rows", self.some, prompts[len(responses):])
+            while rest := prompts[len(responses):]:
+                responses += self.fit("sample_rows", lambda: self.engine.generate(
+                    self, rest[:self.sample_rows]))
                 bar.update(len(responses) - bar.n)
         return responses
-
-    def some(self, prompts: list[list[int]]) -> list[tuple]:
-        return self.engine.generate(self, prompts[:self.sample_rows])
 
     @torch.no_grad()
     def refresh_sampler(self):
@@ -1651,7 +1653,7 @@ class Policy:
         return self.schedule.get_last_lr()[0]
 
     @torch.no_grad()
-    def is_another(self, samples: list[Sample]) -> bool:
+    def has_forgotten(self, samples: list[Sample]) -> bool:
         """Whether an update has left next to nothing of the policy that drew these samples."""
         micro = self.micro_batches(samples)[0]
         logp, _, mask = self.token_logp(micro)
@@ -1714,7 +1716,8 @@ def on_first(work, *args):
     error = None
     try:
         if rank() == 0:
-            work(*args)
+            with explain("the first process failed"):
+                work(*args)
     except UserError as reason:
         error = reason
     if error := all_gather([error])[0]:
@@ -1768,9 +1771,8 @@ def seed_step(cfg: Config, step: int):
 def say(text: str):
     """Print on the first process, without breaking a progress bar."""
     if rank() == 0:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
-            tqdm.write(text.encode(encoding, "replace").decode(encoding))
+            tqdm.write(text)
             sys.stdout.flush()
         except OSError:  # a closed pipe, a full disk, no terminal: output is not the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1922,8 +1924,8 @@ def append(path: Path, rows: list[dict]):
     """Add lines to a JSON Lines file; a number that is not finite becomes null."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            infinite = {k: None for k, x in row.items() if x in (math.inf, -math.inf) or x != x}
-            file.write(json.dumps(row | infinite) + "\n")
+            infinite = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+            file.write(json.dumps(row | dict.fromkeys(infinite)) + "\n")
 
 
 @dataclass
@@ -1973,7 +1975,7 @@ class Run:
                    "advantage": s.advantage} for s in samples[:4 * self.cfg.group_size]]
         if rank() == 0:
             with explain(f"cannot write step {step} to {self.out}/{' and '.join(LOGS)}; the last "
-                         f"checkpoint is of step {self.step}: {self.resume}"):
+                         f"checkpoint is of step {self.step}: {self.how_to_go_on()}"):
                 append(self.out / LOGS[0], [metrics])
                 append(self.out / LOGS[1], logged)
         if step == 1:
@@ -1986,8 +1988,7 @@ class Run:
                 self.said.add(text)
                 say(f"warning: {text}")
 
-    @property
-    def resume(self) -> str:
+    def how_to_go_on(self) -> str:
         return f"python aspo.py --resume {self.out}"
 
     def give_up(self, symptom: str):
@@ -1997,7 +1998,7 @@ class Run:
 
     def save(self, step: int, samples: list[Sample]):
         """Write a checkpoint unless the model has just broken: Broken, or UserError, is raised."""
-        if any(all_gather([self.policy.is_another(samples)])):
+        if any(all_gather([self.policy.has_forgotten(samples)])):
             self.give_up("its own samples are unlikely now")
         state = {"step": step, "before": self.before, "position": self.stream.position,
                  "config": dataclasses.asdict(self.cfg), "known": self.known,
@@ -2010,7 +2011,7 @@ class Run:
         except UserError as error:
             free = shutil.disk_usage(self.out).free >> 20
             raise UserError(f"{error} ({free} MiB are free); the last checkpoint is of step "
-                            f"{self.step}: {self.resume}") from None
+                            f"{self.step}: {self.how_to_go_on()}") from None
         finally:
             if rank() == 0:
                 remove(new)
@@ -2053,14 +2054,13 @@ class Run:
             raise Broken(f"{self.policy.skipped} optimiser steps in a row had a gradient that is "
                          "not finite, and were left out; lower --lr or --temperature. The "
                          f"checkpoint of step {self.step} is good")
-        if self.signal:
-            say(f"stopped after step {self.step}; to go on type {self.resume}")
+        if self.signal and self.step < self.cfg.steps:
+            say(f"stopped after step {self.step}; to go on type {self.how_to_go_on()}")
             raise SystemExit(128 + self.signal)
-        rival = "grpo" if self.cfg.loss != "grpo" else "aspo"
         say(f"held-out accuracy {self.before:.3f} -> {metrics['heldout_accuracy']:.3f} "
             f"({len(self.heldout)} problems x {self.cfg.eval_samples} samples)\n"
             f"results in {self.out}: {', '.join(LOGS)}, checkpoint/\n"
-            f"next: python aspo.py --model {self.cfg.model} --loss {rival}")
+            f"next: the same with another --loss; python eval.py {self.out} --k 16")
 
 
 def summary(m: dict, steps: int) -> str:
@@ -2237,9 +2237,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Exit status 2 is bad input, 1 a broken model, 128 + n signal n."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed from the start
-            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed from the start
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    with contextlib.suppress(AttributeError):  # of what a test puts there
+        sys.stdout.reconfigure(errors="replace")  # what ASCII cannot show
     try:
         cfg = parse(argv)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
