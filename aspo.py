@@ -785,7 +785,7 @@ def make_problem(row: dict) -> dict:
     if not extracted and len(gold) > 300:
         raise ValueError("the answer is long, and nothing in it is marked as final")
     text, gold = text.strip(), (extracted or gold).strip()
-    if not text or not gold or re.fullmatch("[-+]?(nan|inf|infinity)", gold, re.I):
+    if not text or not gold or re.search("(^|, )[-+]?(nan|inf|infinity)(,|$)", gold, re.I):
         raise ValueError(f"problem and answer must not be empty, and {gold!r} is no answer")
     f"{text}{gold}".encode()  # raises for half of a surrogate pair, which no tokenizer takes
     return {"problem": text, "answer": gold, "messages": messages, "row": row}
