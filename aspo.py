@@ -826,7 +826,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
             rows = parquet.read_table(path).to_pylist()
         else:
-            text = path.read_text("utf-8-sig")
+            text = path.read_bytes().decode("utf-8-sig")
             if path.suffix == ".csv":
                 rows = list(csv.DictReader(io.StringIO(text)))
             elif text.lstrip().startswith("["):
