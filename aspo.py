@@ -617,7 +617,7 @@ def explain(what: str):
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         missing = " is missing" if isinstance(error, KeyError) else ""
         raise UserError(f"{what}: {reason}{missing}") from error
