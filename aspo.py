@@ -2109,9 +2109,10 @@ def announce(run: Run, problems: list[dict]):
         f"as it should be\nfolder   {cfg.out}\n"
         f"a prompt {policy.tokenizer.decode(policy.encode(problems[0]))!r}\n"
         f"to which the answer is {problems[0]['answer']!r}")
-    unread = [p["answer"] for p in problems if not is_readable(p["answer"])]
-    if run.reward is right_answer and len(unread) > len(problems) / 2:
-        say(f"warning: the checker cannot read {len(unread)} of {len(problems)} answers, such as "
+    answers = [p["answer"] for p in problems[:1000]]
+    unread = [answer for answer in answers if not is_readable(answer)]
+    if run.reward is right_answer and len(unread) > len(answers) / 2:
+        say(f"warning: the checker cannot read {len(unread)} of {len(answers)} answers, such as "
             f"{unread[0][:80]!r}: no response will be right")
 
 
