@@ -999,7 +999,7 @@ def what_lacks(folder: Path) -> str | None:
     if "adapter_config.json" in names:
         return "it is an adapter: merge it into its base model first (peft's merge_and_unload)"
     for what, pattern in (("config.json", r"^config\.json"), ("weights", r"\.safetensors|\.bin$"),
-                          ("tokenizer", r"^(tokenizer|vocab|spiece)|\.model$")):
+                          ("tokenizer", r"^(tokenizer\.json|vocab|spiece|tekken)|\.model$")):
         if not re.search(pattern, names, re.M):
             return f"it has no {what}"
 
