@@ -1859,13 +1859,13 @@ def load_policy(folder: Path, cfg: Config, problems: list[dict], known: dict):
     return policy, state
 
 
-def open_policy(cfg: Config, problems: list[dict]):
+def open_policy(cfg: Config, problems: list[dict], reward: Callable):
     """(policy, what a checkpoint must agree with, the trainer's state of the newest whole one).
 
     Raises UserError rather than begin anew over what may still be saved.
     """
     folders, failures, policy, state = checkpoints(Path(cfg.out)), [], None, None
-    known = {f"--data {cfg.data}": digest(problems)}
+    known = {f"--data {cfg.data}": digest(problems), "the reward": reward.__name__}
     if cfg.kl_coef or not folders:
         model, tokenizer = load_model(cfg)
         if cfg.model == "tiny":
@@ -2126,7 +2126,7 @@ def open_run(cfg: Config, reward: Callable | None = None) -> Run:
         seed_step(cfg, -1)
         reward = open_reward(cfg, reward)
         problems, heldout = load_problems(cfg)
-        policy, known, state = open_policy(cfg, problems + heldout)
+        policy, known, state = open_policy(cfg, problems + heldout, reward)
         stream = Stream(problems, cfg.seed)
         run = Run(cfg, Path(cfg.out), policy, reward, stream, heldout, known)
         if state:
