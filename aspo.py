@@ -829,7 +829,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         else:
             text = path.read_bytes().decode("utf-8-sig")
             if path.suffix == ".csv":
-                rows = list(csv.DictReader(io.StringIO(text)))
+                rows = list(csv.DictReader(io.StringIO(text, None)))
             elif text.lstrip().startswith("["):
                 rows = json.loads(text)
             else:  # not splitlines(): U+2028 and its like may stand inside a string
