@@ -742,6 +742,7 @@ HUB_DATA = {  # name: hub id, configuration
     "math": ("DigitalLearningGmbH/MATH-lighteval", "default"),
 }
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "Problem", "Question", "query", "input")
+# The last answer is worked out, and is taken from its \boxed{}.
 ANSWER_COLUMNS = ("answer", "final_answer", "Answer", "ground_truth", "target", "solution")
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 BOX = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -783,8 +784,8 @@ def make_problem(row: dict) -> dict:
     gold = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
     # GSM8K's "... #### 7" and MATH's "... \boxed{7}"; a bare answer stays what it is.
     extracted = extract_answer(gold)
-    if not extracted and len(gold) > 300:
-        raise ValueError("the answer is long, and nothing in it is marked as final")
+    if not extracted and first(ANSWER_COLUMNS[:-1]) is None:
+        raise ValueError("the solution has no \\boxed{} answer")
     text, gold = text.strip(), (extracted or gold).strip()
     if not text or not gold or re.search("(^|, )[-+]?(nan|inf|infinity)(,|$)", gold, re.I):
         raise ValueError(f"problem and answer must not be empty, and {gold!r} is no answer")
