@@ -1951,6 +1951,7 @@ class Run:
         with explain(f"cannot write in --out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.out)
+            write_json(self.out / "config.json", dataclasses.asdict(self.cfg) | {"resume": None})
             for path in (self.out / name for name in LOGS):
                 path.touch()
                 if sizes is None and path.stat().st_size:  # of a run without a checkpoint
@@ -1961,7 +1962,6 @@ class Run:
                 elif sizes:
                     os.truncate(path, sizes[path.name])
                 path.touch()
-            write_json(self.out / "config.json", dataclasses.asdict(self.cfg) | {"resume": None})
 
     def log(self, metrics: dict, samples: list[Sample]):
         """A step's line of metrics.jsonl and of the screen, and four groups for samples.jsonl.
