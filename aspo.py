@@ -1008,6 +1008,8 @@ def what_lacks(folder: Path) -> str | None:
 
 def load_model(cfg: Config):
     """(model with fp32 weights on the CPU, tokenizer) of --model. Raises UserError."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if cfg.model == "tiny":
         return tiny_model()
     source, _ = PRESETS.get(cfg.model, (cfg.model, {}))
@@ -2122,8 +2124,6 @@ def open_run(cfg: Config, reward: Callable | None = None) -> Run:
     """Load everything, or raise UserError before anything is written."""
     with explain(f"cannot open the run {cfg.out}"):
         check(cfg)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         seed_step(cfg, -1)
         reward = open_reward(cfg, reward)
         problems, heldout = load_problems(cfg)
@@ -2236,8 +2236,17 @@ def parse(argv: list[str] | None = None) -> Config:
     return cfg
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Exit status 2 is bad input, 1 a broken model, 128 + n signal n."""
+def start(argv: list[str] | None):
+    """Train as the command line says."""
+    cfg = parse(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        cuda = ",cuda:nccl" * torch.cuda.is_available()
+        dist.init_process_group(f"cpu:gloo{cuda}")
+    train(cfg)
+
+
+def main(argv: list[str] | None = None, work=start) -> int:
+    """Run a command line. Exit status 2 is bad input, 1 a broken model, 128 + n signal n."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
     http_backoff.__kwdefaults__["max_retries"] = 2  # not 5: 23 s, and twice, without a network
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -2246,11 +2255,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # of what a test puts there
         sys.stdout.reconfigure(errors="replace")  # what ASCII cannot show
     try:
-        cfg = parse(argv)
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-            cuda = ",cuda:nccl" * torch.cuda.is_available()
-            dist.init_process_group(f"cpu:gloo{cuda}")
-        train(cfg)
+        work(argv)
     except UserError as error:
         if "ASPO_TRACEBACK" in os.environ:  # where did it come from?
             raise
