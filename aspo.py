@@ -1246,8 +1246,10 @@ class Decoder:
         torch.cuda.synchronize()
         self.pool = self.pool or torch.cuda.graph_pool_handle()  # graphs use it in turns
         graph = torch.cuda.CUDAGraph()
-        # thread_local, so that NCCL's threads go on meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # thread_local, so that NCCL's threads go on meanwhile. A capture that fails would leave all
+        # later work on its own stream.
+        with (torch.cuda.stream(torch.cuda.current_stream()),
+              torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")):
             self.step()  # recorded, not run
         self.graphs[size] = graph
 
