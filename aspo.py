@@ -784,8 +784,8 @@ def make_problem(row: dict) -> dict:
     gold = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
     # GSM8K's "... #### 7" and MATH's "... \boxed{7}"; a bare answer stays what it is.
     extracted = extract_answer(gold)
-    if not extracted and first(ANSWER_COLUMNS[:-1]) is None:
-        raise ValueError("the solution has no \\boxed{} answer")
+    if not extracted and ("####" in gold or first(ANSWER_COLUMNS[:-1]) is None):
+        raise ValueError("the solution has no \\boxed{} answer, or none behind ####")
     text, gold = text.strip(), (extracted or gold).strip()
     if not text or not gold or re.search("(^|, )[-+]?(nan|inf|infinity)(,|$)", gold, re.I):
         raise ValueError(f"problem and answer must not be empty, and {gold!r} is no answer")
