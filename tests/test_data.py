@@ -55,43 +55,50 @@ def error_of(capsys, *args):
 # ----------------------------------------------------------------------------------------------------------- files
 
 BOM, SEPARATORS = b"\xef\xbb\xbf", "one\u2028two\u2029three\u0085four"
-FILES = {
-    "GSM8K": ("d.jsonl", jsonl({"question": "6 and 7?", "answer": "6+7=<<6+7=13>>13\n#### 13"}), [("6 and 7?", "13")]),
-    "its answer under other names": ("d.jsonl", jsonl({"problem": "a", "answer": "6+7=13\n#### 13"},
-                                                      {"problem": "b", "answer": "much\n\n####1,234 \n"}),
-                                     [("a", "13"), ("b", "1,234")]),
-    "MATH": ("d.jsonl", jsonl({"problem": "Half?", "level": "Level 1", "type": "Algebra",
-                               "solution": "First \\boxed{3}, so it is $\\boxed{\\frac{1}{2}}$."}),
-             [("Half?", "\\frac{1}{2}")]),
-    "MATH-500": ("d.jsonl", jsonl({"problem": "a", "solution": "It is \\boxed{07}.", "answer": "7"}), [("a", "7")]),
-    "verl": ("d.jsonl", jsonl({"data_source": "x", "prompt": chat("Be brief.", "6 and 7?"), "ability": "math",
-                               "reward_model": {"style": "rule", "ground_truth": "13"}, "extra_info": {"index": 0}}),
-             [("Be brief.\n6 and 7?", "13")]),
-    "zero": ("d.jsonl", jsonl({"problem": "a", "answer": 0}, {"problem": "b", "answer": 0.0}, {"problem": "c", "answer": "0"}),
-             [("a", "0"), ("b", "0.0"), ("c", "0")]),
-    "several answers": ("d.jsonl", jsonl({"problem": "a", "final_answer": ["3", "-3"]}, {"problem": "b", "answer": [1, 2, 3]}),
-                        [("a", "3, -3"), ("b", "1, 2, 3")]),
-    "a list of one": ("d.jsonl", jsonl({"problem": "a", "final_answer": ["7"]}, {"problem": "b", "answer": [0]}),
-                      [("a", "7"), ("b", "0")]),
-    "empty columns beside it": ("d.jsonl", jsonl({"problem": "a", "final_answer": [], "answer": None, "target": "7"}),
-                                [("a", "7")]),
-    "byte-order mark": ("d.jsonl", BOM + jsonl({"problem": "a", "answer": 1}), [("a", "1")]),
-    "separators inside a string": ("d.jsonl", json.dumps({"problem": SEPARATORS, "answer": 1}, ensure_ascii=False).encode(),
-                                   [(SEPARATORS, "1")]),
-    "line ends of Windows, empty lines": ("d.jsonl", b'\r\n{"problem": "a", "answer": 1}\r\n\r\n{"problem": "b", "answer": 2}',
-                                          [("a", "1"), ("b", "2")]),
-    "a return between two columns": ("d.jsonl", b'{"problem": "a",\r"answer": 1}\n', [("a", "1")]),
-    "JSON array": ("d.json", b'[\n  {"problem": "a", "answer": 1},\n  {"problem": "b",\n   "answer": 2}\n]\n', [("a", "1"), ("b", "2")]),
-    "JSON array behind a mark and under another name": ("d.jsonl", BOM + b'\n [{"question": "a", "answer": "x\\n#### 1"}]', [("a", "1")]),
-    "CSV": ("d.csv", b'problem,answer\r\n"one,\ntwo ""three""",3\r\nfour,"1,000"\r\n', [('one,\ntwo "three"', "3"), ("four", "1,000")]),
-    "CSV of an old Mac": ("d.csv", b'problem,answer\r"one\rtwo",3\rfour,5\r', [("one\ntwo", "3"), ("four", "5")]),
-    "CSV of a spreadsheet": ("d.csv", BOM + 'id,question,answer\n1,"a\n\nb\u2028c","6+7=13\n#### 13"\n'.encode(), [("a\n\nb\u2028c", "13")]),
+FILES = {  # name of the file: bytes, the problems and answers in it
+    "gsm8k.jsonl": (jsonl({"question": "6 and 7?", "answer": "6+7=<<6+7=13>>13\n#### 13"}), [("6 and 7?", "13")]),
+    "its answers elsewhere.jsonl": (
+        jsonl({"problem": "a", "answer": "6+7=13\n#### 13"}, {"problem": "b", "answer": "much\n\n####1,234 \n"}),
+        [("a", "13"), ("b", "1,234")]),
+    "math.jsonl": (
+        jsonl({"problem": "Half?", "level": "Level 1", "solution": "Not \\boxed{3}: it is $\\boxed{\\frac{1}{2}}$."}),
+        [("Half?", "\\frac{1}{2}")]),
+    "math-500.jsonl": (jsonl({"problem": "a", "solution": "It is \\boxed{07}.", "answer": "7"}), [("a", "7")]),
+    "verl.jsonl": (
+        jsonl({"data_source": "x", "prompt": chat("Be brief.", "6 and 7?"), "ability": "math",
+               "reward_model": {"style": "rule", "ground_truth": "13"}, "extra_info": {"index": 0}}),
+        [("Be brief.\n6 and 7?", "13")]),
+    "zero.jsonl": (
+        jsonl({"problem": "a", "answer": 0}, {"problem": "b", "answer": 0.0}, {"problem": "c", "answer": "0"}),
+        [("a", "0"), ("b", "0.0"), ("c", "0")]),
+    "several answers.jsonl": (
+        jsonl({"problem": "a", "final_answer": ["3", "-3"]}, {"problem": "b", "answer": [1, 2, 3]}),
+        [("a", "3, -3"), ("b", "1, 2, 3")]),
+    "a list of one.jsonl": (
+        jsonl({"problem": "a", "final_answer": ["7"]}, {"problem": "b", "answer": [0]}), [("a", "7"), ("b", "0")]),
+    "empty columns beside it.jsonl": (
+        jsonl({"problem": "a", "final_answer": [], "answer": None, "target": "7"}), [("a", "7")]),
+    "byte-order mark.jsonl": (BOM + jsonl({"problem": "a", "answer": 1}), [("a", "1")]),
+    "separators inside a string.jsonl": (
+        json.dumps({"problem": SEPARATORS, "answer": 1}, ensure_ascii=False).encode(), [(SEPARATORS, "1")]),
+    "line ends of Windows, empty lines.jsonl": (
+        b'\r\n{"problem": "a", "answer": 1}\r\n\r\n{"problem": "b", "answer": 2}', [("a", "1"), ("b", "2")]),
+    "a return between two columns.jsonl": (b'{"problem": "a",\r"answer": 1}\n', [("a", "1")]),
+    "array.json": (
+        b'[\n  {"problem": "a", "answer": 1},\n  {"problem": "b",\n   "answer": 2}\n]\n', [("a", "1"), ("b", "2")]),
+    "array behind a mark.jsonl": (BOM + b'\n [{"question": "a", "answer": "x\\n#### 1"}]', [("a", "1")]),
+    "quoted lines.csv": (
+        b'problem,answer\r\n"one,\ntwo ""three""",3\r\nfour,"1,000"\r\n',
+        [('one,\ntwo "three"', "3"), ("four", "1,000")]),
+    "old Mac.csv": (b'problem,answer\r"one\rtwo",3\rfour,5\r', [("one\ntwo", "3"), ("four", "5")]),
+    "spreadsheet.csv": (
+        BOM + 'id,question,answer\n1,"a\n\nb\u2028c","6+7=13\n#### 13"\n'.encode(), [("a\n\nb\u2028c", "13")]),
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_files_as_they_lie_around(kind, tmp_path):
-    name, content, expected = FILES[kind]
+@pytest.mark.parametrize("name", FILES)
+def test_files_as_they_lie_around(name, tmp_path):
+    content, expected = FILES[name]
     assert pairs(aspo.read_jsonl(put(tmp_path, content, name))) == expected
 
 
@@ -145,8 +152,9 @@ def test_a_bad_row_is_named_in_one_line(case, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, content", [("d.csv", b"problem,answer\n1,2\n3,nan\n"), ("d.csv", b"problem,answer\n1,2\n3\n"),
-                                           ("d.json", b'[{"problem": "1", "answer": 2}, {"problem": "3"}]')])
+@pytest.mark.parametrize("name, content", [
+    ("d.csv", b"problem,answer\n1,2\n3,nan\n"), ("d.csv", b"problem,answer\n1,2\n3\n"),
+    ("d.json", b'[{"problem": "1", "answer": 2}, {"problem": "3"}]')])
 def test_a_bad_row_of_a_table_has_a_number_too(name, content, tmp_path):
     with pytest.raises(UserError, match=f"{name}, row 2: "):
         aspo.read_jsonl(put(tmp_path, content, name))
@@ -171,9 +179,9 @@ def hub(monkeypatch, asked=None, **splits):
 
 HUB = {  # made-up rows with the real columns
     "gsm8k": (dict(question="2 and 2?", answer="It is 2+2=<<2+2=4>>4.\n#### 4"), "2 and 2?", "4"),
-    "svamp": (dict(ID="c", Body="I have 2.", Question="And 2 more?", Equation="( 2.0 + 2.0 )", Answer="4", Type="Addition"),
+    "svamp": (dict(ID="c", Body="I have 2.", Question="And 2 more?", Equation="( 2.0 + 2.0 )", Answer="4"),
               "I have 2. And 2 more?", "4"),
-    "math": (dict(problem="2 and 2?", level="Level 1", type="Algebra", solution="Adding, \\boxed{4}."), "2 and 2?", "4"),
+    "math": (dict(problem="2 and 2?", level="Level 1", solution="Adding, \\boxed{4}."), "2 and 2?", "4"),
     "one/answer": (dict(prompt="2 and 2?", final_answer=["4"]), "2 and 2?", "4"),
     "two/answers": (dict(question="Roots of 2?", final_answer=["3", "-3"]), "Roots of 2?", "3, -3"),
     "a/zero": (dict(problem="2 less 2?", answer=0), "2 less 2?", "0"),
@@ -240,7 +248,8 @@ def test_the_hub_client_gives_up_soon(monkeypatch):
 @pytest.mark.parametrize("order", ["copies side by side", "one round after another"])
 def test_copies_are_merged_before_the_split_and_it_is_said(order, tmp_path, capsys):
     """60 problems ten times each; what differs by outer spaces is the same."""
-    rows = [{"problem": " " * (k % 3) + f"{i}+1" + "\n" * (k % 2), "answer": i + 1} for i in range(60) for k in range(10)]
+    rows = [{"problem": " " * (k % 3) + f"{i}+1" + "\n" * (k % 2), "answer": i + 1}
+            for i in range(60) for k in range(10)]
     if order != "copies side by side":
         rows = [row for k in range(10) for row in rows[k::10]]
     train, heldout = aspo.load_problems(Config(data=put(tmp_path, jsonl(*rows))))
@@ -340,7 +349,8 @@ def options(model, data, out, **more):
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-VERL = jsonl(*({"prompt": chat("Be brief.", f"{i} and 7?"), "reward_model": {"ground_truth": str(i + 7)}} for i in range(5)))
+VERL = jsonl(*({"prompt": chat("Be brief.", f"{i} and 7?"), "reward_model": {"ground_truth": str(i + 7)}}
+               for i in range(5)))
 
 
 def test_messages_go_through_the_chat_template(model, tmp_path):
@@ -348,7 +358,8 @@ def test_messages_go_through_the_chat_template(model, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
     def prompt(row, **knobs):
-        policy = types.SimpleNamespace(cfg=Config(model=str(model), data="d.jsonl", **knobs), tokenizer=tokenizer, eos_ids=[1])
+        cfg = Config(model=str(model), data="d.jsonl", **knobs)
+        policy = types.SimpleNamespace(cfg=cfg, tokenizer=tokenizer, eos_ids=[1])
         return tokenizer.decode(aspo.Policy.encode(policy, aspo.make_problem(row)))
 
     row = {"prompt": chat("Be brief.", "6 and 7?"), "reward_model": {"ground_truth": "13"}}
@@ -369,14 +380,15 @@ def test_a_run_shows_a_prompt_its_answer_and_a_response(model, tmp_path, capsys,
     assert f"the answer is '{int(prompt[1]) + 7}'" in said  # the gold of that very problem
     response = re.search(r"a response 'It is \\\\boxed\{12\}\.'\nwith the answer '12' for '(\d+)': reward (\d)", said)
     assert response[2] == str(int(response[1] == "12"))
-    assert said.index("a prompt") < said.index("held-out accuracy before") < said.index("a response") < said.index("step 1/1")
+    order = [said.index(words) for words in ("a prompt", "held-out accuracy before", "a response", "step 1/1")]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("template, words", [
     ("{% for m in messages %}{{ m['content'] }}", "chat template"),  # a loop without an end
     ("{{ messages[0]['content'].strop() }}", "chat template"),
-    ("{{ messages[0]['content'] }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}",
-     "Be brief"),  # fails on some problems: the first is named
+    ("{{ messages[0]['content'] }}"
+     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}", "Be brief"),
 ])
 def test_a_broken_chat_template_is_one_line(template, words, tmp_path, capsys):
     error = error_of(capsys, *options(make_model(tmp_path / "m", template), put(tmp_path, VERL), tmp_path / "run"))
@@ -428,7 +440,7 @@ def lines(path):
 @pytest.fixture
 def workplace(model, tmp_path, monkeypatch):
     """(folder, options of a run there)"""
-    monkeypatch.setattr(aspo, "fcntl", None)  # the lock of a run lives as long as the process: here it would keep out --resume
+    monkeypatch.setattr(aspo, "fcntl", None)  # a run's lock lives as long as the process, and would keep out --resume
     (tmp_path / "mine.py").write_text(REWARDS)
     return tmp_path, lambda **more: options(model, put(tmp_path, ROWS), tmp_path / "run", **more)
 
@@ -502,7 +514,7 @@ def test_a_reward_that_is_not_there(reward, reason, workplace, capsys, monkeypat
 
 def test_after_a_failure_the_last_checkpoint_is_good(workplace, capsys):
     folder, knobs = workplace
-    state = "import pathlib\ncalls = []\ndef f(response, row):\n    calls.append(1)\n    return 0.0 if len(calls) < 6 else {}\n"
+    state = "calls = []\ndef f(response, row):\n    calls.append(1)\n    return 0.0 if len(calls) < 6 else {}\n"
     (folder / "mine.py").write_text(state.format("float('nan')"))
     error_of(capsys, *knobs(reward=f"{folder}/mine.py:f", steps=3, save_every=1, eval_every=0))
     assert [m["step"] for m in lines(folder / "run" / "metrics.jsonl")] == [1]
@@ -513,31 +525,30 @@ def test_after_a_failure_the_last_checkpoint_is_good(workplace, capsys):
 
 # -------------------------------------------------------------------------------------------------------- programs
 # An example to copy: a reward that runs the Python function in a response. What it does not protect from:
-# - Cunning. It keeps out what models stumble into, not an attacker: the audit hook can be evaded from within Python, and
-#   then files can be removed by name and processes of the same user be signalled. So train as a user of its own, or in a
-#   container without network and secrets; against bugs of Python or the kernel only a virtual machine helps.
-# - Answers learned by heart. A program may return constants for the examples it has seen: keep those out of the prompt.
-# - A busy machine. A right program that is too slow for the limits is wrong. Linux only: elsewhere it says so and ends.
+# - Cunning. It stops what models stumble into, not an attacker: code inside Python can get around the audit hook, and
+#   then remove files by name or signal processes of its user (started by root, it is nobody in an empty root folder).
+#   Let it run as a user of its own, in a container without network and secrets, which a bug of the kernel still opens.
+# - Answers learned by heart: a program may return constants for the examples it was shown. Keep some out of the prompt.
+# - A busy machine, on which a right program is too slow and scores 0. Limits are Linux's: elsewhere the run ends.
 
 RUNNER = """
-import bisect, collections, copy, functools, heapq, itertools, json, math, operator, os, random, re, resource, string, sys, typing
+import bisect, collections, copy, functools, heapq, itertools, json, math, operator, os, random, re, resource, string
+import sys, typing
 secret, program, name, inputs = json.load(sys.stdin)
 if os.geteuid() == 0:  # limits do not bind root: see nothing but the empty folder, as nobody
     os.chroot("."), os.setgroups([]), os.setgid(65534), os.setuid(65534)
-# Seconds, bytes of memory and of output; no file can be opened, no thread or process begun. The modules above are loaded.
+# Seconds, bytes of memory and of output; no file can be opened, no thread or process begun. What is imported works.
 for what, most in dict(CPU=1, AS=2**29, FSIZE=2**20, CORE=0, NOFILE=0, NPROC=0).items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
 for module in os, sys.modules["posix"]:
-    del module.mknod, module.mkfifo  # make files without opening them, and unseen by:
-forbidden = {"open", "os", "signal", "socket", "subprocess", "resource", "ctypes", "shutil"}  # such as os.remove, os.kill
+    del module.mknod, module.mkfifo  # make files without opening them, unseen by the hook
+forbidden = {"open", "os", "signal", "socket", "subprocess", "resource", "ctypes", "shutil"}  # os.remove, os.kill, ...
 sys.addaudithook(lambda event, args: os._exit(1) if event.split(".")[0] in forbidden else None)
 print(secret, flush=True)
 space = {"__name__": "program"}
 exec(program, space)
 print(secret + json.dumps([space[name](*arguments) for arguments in inputs]), flush=True)
 """
-
-
 SECONDS = 5  # a limit for what takes no CPU time, such as sleep
 
 
@@ -567,7 +578,8 @@ def passes(response: str, row: dict) -> float:
         return 0.0
 
 
-ADD = {"problem": "Write add(a, b).", "answer": "a + b", "function": "add", "examples": [[[2, 3], 5], [["x", "y"], "xy"]]}
+ADD = {"problem": "Write add(a, b).", "answer": "a + b", "function": "add",
+       "examples": [[[2, 3], 5], [["x", "y"], "xy"]]}
 RIGHT = "def add(a, b):\n    return a + b\n"
 GOOD_PROGRAMS = {
     "in a fence": f"The last block counts.\n```python\nadd = None\n```\n```python\n{RIGHT}```\nDone.",
@@ -582,7 +594,7 @@ HOSTILE = {
     "endless loop": "def add(a, b):\n    while True: pass\n",
     "endless sleep": f"import time\ntime.sleep(1000)\n{RIGHT}",
     "fork bomb": f"import os\nwhile True: os.fork()\n{RIGHT}",
-    "threads": f"import threading, time\nfor _ in range(99): threading.Thread(target=time.sleep, args=(99,)).start()\n{RIGHT}",
+    "threads": f"import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()\n{RIGHT}",
     "a program of its own": f"import subprocess\nsubprocess.Popen(['sleep', '99'])\n{RIGHT}",
     "huge memory": f"hoard = [bytearray(2**28) for _ in range(64)]\n{RIGHT}",
     "a huge number": "def add(a, b):\n    return 10 ** 10 ** 9\n",
@@ -601,13 +613,15 @@ HOSTILE = {
     "the network": f"import socket\nsocket.create_connection(('127.0.0.1', 9))\n{RIGHT}",
     "kills the trainer": f"import os\nos.kill(os.getppid(), 15)\n{RIGHT}",
     "prints what is expected": f"print('{PRINTED}')\nimport sys\nsys.exit()\n",
-    "writes what is expected": f"import os\nfor n in range(9):\n    try: os.write(n, b'{PRINTED}')\n    except OSError: pass\nos._exit(0)\n",
+    "writes what is expected": f"import os\nfor n in range(9):\n    try: os.write(n, b'{PRINTED}')\n"
+                               "    except OSError: pass\nos._exit(0)\n",
     "leaves": f"import os\nos._exit(0)\n{RIGHT}",
     "raises what nothing catches": f"raise BaseException\n{RIGHT}",
     "raises the limits": f"import resource\nfor n in (resource.RLIMIT_CPU, resource.RLIMIT_NOFILE):\n"
                          f"    resource.setrlimit(n, (-1, -1))\n{RIGHT}",
     "a result without an end": "import json\njson.dumps = lambda x: '[' * 100_000\n" + RIGHT,
-    "a result that equals everything": "class All:\n    def __eq__(self, other): return True\ndef add(a, b):\n    return All()\n",
+    "a result that equals everything": "class All:\n    def __eq__(self, other): return True\n"
+                                       "def add(a, b):\n    return All()\n",
 }
 
 
@@ -644,7 +658,7 @@ def test_limits_hold_without_the_audit_hook(monkeypatch):
     monkeypatch.setitem(globals(), "RUNNER", re.sub(r"sys\.addaudithook.*", "", RUNNER))
     attempts = {
         "fork": "import os\nos.fork()", "thread": "import threading\nthreading.Thread(target=print).start()",
-        "read": "open('/etc/passwd')", "write": "open('/tmp/left', 'w')", "close": "import os\nos.close(0)\nos.open('/', 0)",
+        "open": "import os\nos.dup(1)", "close and open": "import os\nos.close(0)\nos.dup(1)",
         "raise": "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))", "memory": "bytearray(2**30)"}
     assert passes(RIGHT, ADD) == 1.0
     for name, attempt in attempts.items():
@@ -678,7 +692,8 @@ LACKS = {  # what is deleted from a model's folder, or put there; words of the o
     "the tokenizer": ("tokenizer*", {}, ["it has no tokenizer"]),
     "the tokenizer but for its config": ("tokenizer.json", {}, ["it has no tokenizer"]),
     "the weights": ("*.safetensors", {}, ["it has no weights"]),
-    "the base model": ("*", {"adapter_config.json": "{}", "adapter_model.safetensors": "", "tokenizer.json": "{}"}, ["adapter", "base"]),
+    "the base model": ("*", {"adapter_config.json": "{}", "adapter_model.safetensors": "", "tokenizer.json": "{}"},
+                       ["adapter", "base"]),
     "that it is a run": ("*", {"metrics.jsonl": "", "config.json": "{}"}, ["folder of a run", "checkpoint"]),
 }
 
