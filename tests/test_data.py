@@ -587,6 +587,13 @@ GOOD_PROGRAMS = {
     "with modules": f"import collections, functools, math, re\nfrom typing import List\n{RIGHT}",
     "that prints": f"print('[5]')\n{RIGHT}",
 }
+
+
+def goes_on(attempt):
+    """A program that is right if only it gets over its attempt."""
+    return f"import os\ntry:\n    {attempt}\nexcept OSError:\n    pass\n{RIGHT}"
+
+
 PRINTED = json.dumps([expected for _, expected in ADD["examples"]])
 HOSTILE = {
     "wrong": "def add(a, b):\n    return 5\n",
@@ -599,19 +606,19 @@ HOSTILE = {
     "huge memory": f"hoard = [bytearray(2**28) for _ in range(64)]\n{RIGHT}",
     "a huge number": "def add(a, b):\n    return 10 ** 10 ** 9\n",
     "endless output": "def add(a, b):\n    while True: print('x' * 10_000)\n",
-    "a file here": f"open('left', 'w').write('x')\n{RIGHT}",
-    "a file there": f"open('PLACE/left', 'w').write('x')\n{RIGHT}",
-    "a folder": f"import os\nos.mkdir('PLACE/left')\n{RIGHT}",
-    "a node": f"import os\nos.mknod('PLACE/left')\n{RIGHT}",
-    "a pipe": f"import os\nos.mkfifo('PLACE/left')\n{RIGHT}",
-    "a link": f"import os\nos.symlink('x', 'PLACE/left')\n{RIGHT}",
-    "reads": f"open('PLACE/answers').read()\n{RIGHT}",
-    "reads in place of stdin": f"import os\nos.close(0)\nos.open('PLACE/answers', 0)\n{RIGHT}",
-    "reads the trainer": f"import os\nos.open(f'/proc/{{os.getppid()}}/environ', 0)\n{RIGHT}",
-    "removes": f"import os\nos.remove('PLACE/answers')\n{RIGHT}",
-    "empties": f"import os\nos.truncate('PLACE/answers', 0)\n{RIGHT}",
+    "a file here": goes_on("open('left', 'w').write('x')"),
+    "a file there": goes_on("open('PLACE/left', 'w').write('x')"),
+    "a folder": goes_on("os.mkdir('PLACE/left')"),
+    "a node": goes_on("os.mknod('PLACE/left')"),
+    "a pipe": goes_on("os.mkfifo('PLACE/left')"),
+    "a link": goes_on("os.symlink('x', 'PLACE/left')"),
+    "reads": goes_on("open('PLACE/answers').read()"),
+    "reads in place of stdin": goes_on("os.close(0), os.open('PLACE/answers', 0)"),
+    "reads the trainer": goes_on("os.open(f'/proc/{os.getppid()}/environ', 0)"),
+    "removes": goes_on("os.remove('PLACE/answers')"),
+    "empties": goes_on("os.truncate('PLACE/answers', 0)"),
     "the network": f"import socket\nsocket.create_connection(('127.0.0.1', 9))\n{RIGHT}",
-    "kills the trainer": f"import os\nos.kill(os.getppid(), 15)\n{RIGHT}",
+    "kills the trainer": goes_on("os.kill(os.getppid(), 15)"),
     "prints what is expected": f"print('{PRINTED}')\nimport sys\nsys.exit()\n",
     "writes what is expected": f"import os\nfor n in range(9):\n    try: os.write(n, b'{PRINTED}')\n"
                                "    except OSError: pass\nos._exit(0)\n",
@@ -663,8 +670,7 @@ def test_limits_hold_without_the_audit_hook(monkeypatch):
     assert passes(RIGHT, ADD) == 1.0
     for name, attempt in attempts.items():
         assert passes(f"{attempt}\n{RIGHT}", ADD) == 0.0, name
-    refused = "try:\n    import os\n    os.fork()\n    os._exit(0)\nexcept OSError:\n    pass\n"
-    assert passes(refused + RIGHT, ADD) == 1.0
+    assert passes(goes_on("os.fork(), os._exit(0)"), ADD) == 1.0  # refused
 
 
 def test_a_sandbox_that_does_not_start_is_no_wrong_answer(monkeypatch):
