@@ -700,7 +700,6 @@ LACKS = {  # what is deleted from a model's folder, or put there; words of the o
     "the weights": ("*.safetensors", {}, ["it has no weights"]),
     "the base model": ("*", {"adapter_config.json": "{}", "adapter_model.safetensors": "", "tokenizer.json": "{}"},
                        ["adapter", "base"]),
-    "that it is a run": ("*", {"metrics.jsonl": "", "config.json": "{}"}, ["folder of a run", "checkpoint"]),
 }
 
 
