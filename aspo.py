@@ -1884,11 +1884,11 @@ def open_policy(cfg: Config, problems: list[dict], reward: Callable):
         policy = Policy(model, tokenizer, cfg, problems)
     for folder in folders:
         try:
-            with explain(f"cannot go on from {folder}"):
+            with explain("trainer.pt"):
                 policy, state = load_policy(folder, cfg, problems, known)
             break
         except UserError as error:
-            failures.append(str(error))
+            failures.append(f"cannot go on from {folder}: {error}")
     if policy is None:
         raise UserError("; ".join(failures))
     if failures:
