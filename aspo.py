@@ -1664,7 +1664,7 @@ class Policy:
         micro = self.micro_batches(samples)[0]
         logp, _, mask = self.token_logp(micro)
         before = torch.cat([s.sampler_logp for s in micro]).to(logp)
-        return bool(mask.any()) and not (before - logp[mask]).mean() < 2  # nats; NaN as well
+        return bool(mask.any()) and not (before - logp[mask]).mean() < 1  # nats; NaN as well
 
 
 def recompute_layers(model):
