@@ -2056,6 +2056,8 @@ class Run:
 
     def finish(self, metrics: dict):
         """The last words."""
+        if rank() == 0:
+            os.close(self.lock)
         if self.policy.skipped >= MAX_SKIPPED:
             raise Broken(f"{self.policy.skipped} optimiser steps in a row had a gradient that is "
                          "not finite, and were left out; lower --lr or --temperature. The "
