@@ -1724,8 +1724,8 @@ def on_first(work, *args):
         if rank() == 0:
             with explain("the first process failed"):
                 work(*args)
-    except UserError as reason:
-        error = reason
+    except Exception as reason:
+        error = UserError(" ".join(str(reason).split()))
     if error := all_gather([error])[0]:
         raise error
 
