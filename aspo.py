@@ -1718,14 +1718,13 @@ def all_sum(x: float) -> float:
 
 
 def on_first(work, *args):
-    """Let the first process alone do it, and raise its UserError in all of them."""
+    """Let the first process alone do it, and raise its error in all of them."""
     error = None
     try:
         if rank() == 0:
-            with explain("the first process failed"):
-                work(*args)
+            work(*args)
     except Exception as reason:
-        error = UserError(" ".join(str(reason).split()))
+        error = reason
     if error := all_gather([error])[0]:
         raise error
 
