@@ -2264,6 +2264,12 @@ def main(argv: list[str] | None = None, work=start) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Broken) else 2
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print(f"error: process {rank()} lost contact with another one, whose own message tells "
+              "why; go on from the last checkpoint with --resume", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         return 128 + signal.SIGINT
     except SystemExit as stop:  # by a signal, after a save; or --help
