@@ -2278,4 +2278,7 @@ def main(argv: list[str] | None = None, work=start) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if world() > 1:  # an interpreter that shuts down may be aborted by threads of gloo
+        os._exit(status)
+    sys.exit(status)
