@@ -981,7 +981,7 @@ def warm_up(model, tokenizer, problems: list[dict], cfg: Config):
 # Touch it for a model that loads in its own way, or for the settings of an alias.
 
 SAVING = dict(gradient_checkpointing=True)
-PRESETS = {  # alias: hub id, settings. Sized for one GPU of 16 to 24 GB, from 1.5B on of 40 GB
+PRESETS = {  # alias: hub id, settings. Sized for one GPU of 24 GB, from 1.5B on of 80 GB
     "tiny": (None, dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40,
                         lr=4e-4, eval_every=11)),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
