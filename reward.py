@@ -109,48 +109,50 @@ def extract_answer(response: str) -> str | None:
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
          "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
 NAMED = (r"∞ \infty ≤ \le ≥ \ge ≠ \ne ≈ \approx ± \pm ∓ \mp ∪ \cup ∈ \in ∅ \emptyset ° \degree "
-         r"√ \sqrt ∛ \cbrt ℝ \reals … \dots € \dollar").split()
+         r"√ \sqrt ∛ \sqrt[3] ℝ \reals … \dots € \dollar").split()
 SIGNS = str.maketrans(
     {sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK)}
     | {sign: name + " " for sign, name in zip(NAMED[::2], NAMED[1::2])}
     | dict(zip("−–—‒‐‑×·⋅∙∗÷∕⁄′⟨⟩£¥", "------*****///'()  ")))
-RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉"
 WRAPPER = re.compile(r"\\text ?\{([^{}]*)\}")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALE = re.compile(rf"(?<=\d) ?(\\text ?\{{)? ?({'|'.join(SCALES)})\b")
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|mathrm|mathtt|mbox|operatorname|underline)\*? ?\{",
      r"\\text{"), (r"\\math(?:bf|it|sf|cal) ?\{([^{}]*)\}", r"\1"),
-    (r"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|(?:display|text)style|hline)"
-     r"(?![a-zA-Z])|\\! ?|\\(?:textcolor|color|[hv]?phantom|[hv]space) ?\{[^{}]*\}|\\color ?[a-z]+", ""),
-    (r"\\text ?\{ ?(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
+    (r"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|(?:display|text)style"
+     r"|hline)(?![a-zA-Z])|\\! ?|\\color ?[a-z]+|(?<=[{(\[]) | (?=[})\]])"
+     r"|\\(?:textcolor|color|[hv]?phantom|[hv]space) ?\{[^{}]*\}", ""),
+    (r"\\text ?\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
     (r"\\\$", r"\\dollar "), (r"\$|(?<!\\)\\(?:[;:>()\[\]]|q?quad)", " "),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
     (r"(?<!\\)\\[, ]|~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\\mathbb ?\{? ?R ?\}?", r"\\reals "), (r"\\mathbb ?\{? ?([A-Z]) ?\}?", r"\\text{the set \1}"),
+    (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"\\frac ?(\d)", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
+    (r"\\log ?_(\d)", r"\\log_{\1}"), (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
+    (r"\\mathbb ?\{?R\}?", r"\\reals "), (r"\\mathbb ?\{?([A-Z])\}?", r"\\text{the set \1}"),
     (r"(?<=[\])}]) ?[uU] ?(?=[\[({\\])", r"\\cup "),
-    (r"\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|(?<=\d) ?(?:\\text ?\{ ?)?deg(?:rees?)?\b ?\}?",
-     r"\\degree "), (r"(?<=\d) ?(?:\\text ?\{ ?)?(?:percent|pct)\b ?\}?", r"\\%"),
-    (r"\\degree *(?:\\text ?\{ ?)?([CF])\b ?\}?", r"\\text{\1}"),
+    (r"\^ ?(?:\\circ(?![a-zA-Z])|\{\\circ\})|(?<=\d) ?(?:\\text ?\{)?deg(?:rees?)?\b\}?",
+     r"\\degree "), (r"(?<=\d) ?(?:\\text ?\{)?(?:percent|pct)\b\}?", r"\\%"),
+    (r"\\degree *(?:\\text ?\{)?([CF])\b\}?", r"\\text{\1}"),
     (r"\\(begin|end) ?(?:\{array\}(?: ?\{[^{}]*\})?|\{?(?:[pbB]|small)?matrix\}?)", r"\\\1 "),
     (r"(?<![a-zA-Z\\])([a-zA-Z])(?=(?:pi|sqrt)(?![a-zA-Z]))", r"\1 "),
     (r"\\[lc]?dots[cbmio]?(?![a-zA-Z])|\.\.\.", r"\\dots "),
     (r"\\(?:approxeq|thickapprox|simeq|doteq)(?![a-zA-Z])", r"\\approx "),
     (r"\\[pb]?mod ?(?:\{(\w+)\}|(\w))", r"\\mod \1\2"),
     (r"\\text ?\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*|[eij])\}", r" \1 "),
-    (r'^[ "`]+|[ "`]+$', ""), (r"(?<![.,;:])[.,;:]$", ""),
-    (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\reals"), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
-    (r"^\\\{ ?[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
+    (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
+    (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\reals"),
+    (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
     (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)", ""), (r" +", " "))]
 
 
 def to_ascii(text: str) -> str:
     """Unicode digits, signs, letters, fractions as ASCII or LaTeX; invisible characters dropped."""
-    for signs, mark in ((RAISED, "^"), (LOWERED, "_")):
-        plain = str.maketrans(signs, "0123456789+-()n"[:len(signs)])
-        text = re.sub(f"[{signs}]+", lambda run: f"{mark}{{{run[0].translate(plain)}}}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", r"_{\g<0>}", text)
     text = re.sub("(?<=\\d)(?=[¼½¾⅐-⅞])", " ", text.translate(SIGNS))
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
@@ -179,13 +181,12 @@ def same_text(given: str, gold: str) -> bool:
     return texts[0] == texts[1]
 
 
-UNITS = {name: names.split()[0] for names in (
-    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre",
-    "m meter metre", "ft foot feet", "inch inches in", "yd yard", "mile mi", "kg kilogram", "g gram",
-    "mg milligram", "lb pound", "oz ounce", "s second sec", "minute min", "h hour hr", "day", "week",
-    "month", "year yr", "dollar usd", "cent", "l liter litre", "ml milliliter", "mph", "^2 square sq",
-    "^3 cubic", "unit", "radian rad", "people", "way", "hz", "mol", "kj", "kw", "pa", "per", "am",
-    "pm") for word in names.split() for name in (word, word + "s")}
+UNITS = {unit: names.split()[0] for names in (
+    "cm centimeter centimetre", "mm millimeter", "km kilometer kilometre", "m meter metre",
+    "ft foot feet", "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram",
+    "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "yr year", "dollar usd",
+    "l liter litre", "ml milliliter", "mph", "^2 square sq", "^3 cubic", "hz", "kj", "kw", "am",
+    "pm") for unit in names.split()}
 UNIT = re.compile(r"(?<=[\d})\]!%|a-z]) ?(\\text ?\{[^{}]*\}|(?<![a-z\\])(?<![a-z] )[a-zA-Z]+\.?)"
                   r"(?:\\text ?\{[^{}]*\}|[a-zA-Z]+\.?|/|\^ ?\{?-?\d\}?|\\cdot|\*| )*$")
 # words that say something about the number before them, and so are no unit
@@ -200,20 +201,20 @@ def split_unit(text: str) -> tuple[str, set]:
     r"""5 \text{ cm}^2 as "5" and {"cm", "^2"}. Raises Unreadable for a remark such as "or so"."""
     text, dollars = re.subn(r"\\dollar", "", text)
     units = {"dollar"} if dollars else set()
-    if not (found := UNIT.search(text)) or not re.search(r"[\d\\]", text[:found.start()]):
+    found = UNIT.search(text)
+    number = text[:found.start()].strip() if found else text
+    if not found or not re.search(r"[\d\\]", number):
         return text.strip(), units
-    number = text[:found.start()].strip()
     names = re.findall(r"[a-z]+|\^\d", re.sub(r"\\text|[{}]| (?=\^)", "", found[0].casefold()))
+    names = [UNITS.get(name.removesuffix("s") or name, name) for name in names]
     if HEDGES.intersection(names) or re.search(r"\\text ?\{[^{}]*[(?\d]", found[0]):
-        raise Unreadable("a remark instead of a unit")
+        raise Unreadable
     first = found[1].rstrip(".")
-    letter = len(first) == 1
-    if letter and (first not in "mgslhLNJWVKCF" or not PLAIN.fullmatch(number)):  # not in 15 + 55m
-        return text.strip(), units
-    known = letter or first[0] == "\\" or first.casefold() in UNITS or len(first) > 3 and first not in COMMANDS
-    if not known or len(names) > 8:
-        return text.strip(), units
-    return number, units | {UNITS.get(name, name) for name in names}
+    if len(first) == 1:  # in 15 + 55m it is a variable
+        known = first in "mgslhLNJWVKCF" and PLAIN.fullmatch(number)
+    else:
+        known = not first.isalpha() or names[0] in UNITS or len(first) > 3 and first not in COMMANDS
+    return (number, units | set(names)) if known else (text.strip(), units)
 
 
 # ------------------------------------------------------------------------------------------ values
@@ -253,19 +254,19 @@ def apply(function, cost: int, *numbers) -> list:
     """The function's value at every point where its arguments have one."""
     global spent
     if any(map(tag, numbers)):
-        raise Unreadable("arithmetic on a structure")
+        raise Unreadable
     columns = [[mp.mpf(n.numerator) / n.denominator] if is_exact(n) else n for n in numbers]
     points = max(map(len, columns))
     spent += cost * points
     if spent > WORK:
-        raise Unreadable("too much work")
+        raise Unreadable
     rows = zip(*(column * (points // len(column)) for column in columns))
     return [None if any(x is None for x in row) else function(*row) for row in rows]
 
 
 def bounded(number: Fraction) -> Fraction:
     if number.numerator.bit_length() + number.denominator.bit_length() > BITS:
-        raise Unreadable("a number too large")
+        raise Unreadable
     return number
 
 
@@ -296,17 +297,13 @@ def below_zero(x) -> bool:
 
 def positive(a):
     """Roots and logarithms of what has variables are taken only where they are real."""
-    return [None if below_zero(x) else x for x in a] if tag(a) == "" and len_of(a) > 1 else a
-
-
-def len_of(a) -> int:
-    return len(a) if isinstance(a, list) else 1
+    if isinstance(a, list) and len(a) > 1:
+        return [None if below_zero(x) else x for x in a]
+    return a
 
 
 def power(a, b):
     if is_exact(b) and b.denominator == 1:
-        if is_exact(a) and a == 0 and b <= 0:
-            raise Unreadable("a power of zero")
         if is_exact(a) and abs(b) * (a.numerator * a.denominator).bit_length() <= BITS:
             return a ** int(b)
         if abs(b) < 10**6:
@@ -347,7 +344,7 @@ INF, NINF = [mp.inf], [-mp.inf]
 REALS = ("()", NINF, INF)
 DEGREE, HUNDREDTH = [mp.pi / 180], Fraction(1, 100)
 FUNCTIONS = {name: getattr(mp, name.replace("arc", "a")) for name in (
-    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln log floor ceil").split()}
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln log").split()}
 NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty".split())}
@@ -355,12 +352,13 @@ CONSTANTS = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j], "infty": INF, "emptyset"
              "reals": REALS, **NUMBER_WORDS}
 LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell", "hbar"} - {"pi"}
 COMMANDS = LETTERS | FUNCTIONS.keys() | CONSTANTS.keys() | {
-    "sqrt", "cbrt", "frac", "binom", "lfloor", "lceil", "begin"}
+    "sqrt", "frac", "binom", "begin"}
 REPEATING = (r"(?P<whole>\d*)\.(?P<fixed>\d*?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(?P<block>\d+)[})]?"
              r"|(?P<again>\d+?)(?P=again)+ ?\\dots)")
 NUMERAL = r"\d+(?:\.\d+|\.(?![.\d]))?(?:[eE][+-]?\d+(?![\d.]))?|\.\d+"
 TOKEN = re.compile(rf" ?(?P<token>{REPEATING}|\d[0-9A-F]*_(?:\d+|\{{\d+\}})|{NUMERAL}"
-                   r"|\\text ?\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+|\*\*|[<>!=]=|\\?.)")
+                   r"|\\text ?\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+(?:_(?:\{[^{}]*\}|\w))?'*"
+                   r"|\*\*|[<>!=]=|\\?.)")
 ALIASES = {alias: token for row in r"""
 * \cdot \times \ast
 / \div
@@ -390,7 +388,7 @@ arccos acos \acos
 arctan atan \atan
 """.split("\n") for token, *aliases in [row.split() or [""]] for alias in aliases}
 DROPPED = set(r"\vec \boldsymbol \hat \bold \boxed \angle \triangle \dollar".split())
-MARKS = set(r"\rfloor \rceil \end \cup \setminus \pm \mp \dots".split())
+MARKS = set(r"\end \cup \setminus \pm \mp \dots".split())
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "∈", "≈"}
 
@@ -404,20 +402,21 @@ def split_tokens(text: str) -> tuple[list[str], list[bool]]:
     """Tokens, and whether a space stands before each; xy are two tokens, \\pi and pi the same."""
     tokens, spaced = [], []
     for found in TOKEN.finditer(text):
-        token = found["token"].strip()
-        token = ALIASES.get(token, token)
-        if token[:1] == "\\" and token[1:] in COMMANDS:
-            token = token[1:]
-        if token[:1] == "\\" and token[1:].isalpha() and token not in MARKS | DROPPED:
-            raise Unreadable("an unknown command")
-        product = token.isalpha() and token not in COMMANDS and (
-            len(token) <= 3 and token.lower() not in HEDGES | CONSTANTS.keys()
-            or re.fullmatch("[abcdwxyz]+", token))
-        parts = list(token) if product else [token] * (token != "" and token not in DROPPED)
+        token = ALIASES.get(found["token"], found["token"])
+        name = re.match(r"\\?[^\W\d_]*", token)[0]
+        if name.removeprefix("\\") in COMMANDS:
+            token = token.removeprefix("\\")
+        elif len(name) > 1 and name[0] == "\\" and name[:5] != r"\text" and name not in MARKS | DROPPED:
+            raise Unreadable
+        elif name == token and (len(name) < 4 and name.lower() not in HEDGES | CONSTANTS.keys()
+                                or re.fullmatch("[abcdwxyz]+", name)):
+            token = list(name)
+        parts = [part for part in ([token] if isinstance(token, str) else token)
+                 if part not in DROPPED]
         tokens += parts
-        spaced += [found[0][0] == " "] + [False] * (len(parts) - 1) if parts else []
+        spaced += [found[0][0] == " ", *[False] * len(parts)][:len(parts)]
     if len(tokens) > TOKENS:
-        raise Unreadable("too long")
+        raise Unreadable
     return tokens + [""] * 3, spaced + [False] * 3
 
 
@@ -427,10 +426,9 @@ class Reader:
     def __init__(self, text: str):
         self.tokens, self.spaced = split_tokens(text)
         self.i = self.depth = self.bars = 0
-        self.sign = Fraction(1)  # how \pm is read
-        self.value = self.list(top=True)
+        self.value = self.list()
         if self.peek:
-            raise Unreadable("something is left over")
+            raise Unreadable
 
     @property
     def peek(self) -> str:
@@ -447,24 +445,14 @@ class Reader:
 
     def expect(self, token: str) -> None:
         if not self.accept(token):
-            raise Unreadable(f"expected {token}")
+            raise Unreadable
 
-    def list(self, top: bool = False):
-        items = []
-        while True:
-            start = self.i
-            items.append(self.relation())
-            signs = [i for i in range(start, self.i) if self.tokens[i] in (r"\pm", r"\mp")]
-            if top and signs:  # 3 \pm 1 is two items
-                self.i, self.sign = start, Fraction(-1)
-                items.append(self.relation())
-                self.sign = Fraction(1)
-                for i in signs:
-                    self.tokens[i] = "+"
+    def list(self):
+        items = [self.relation()]
+        while self.accept(","):
             if self.peek != ",":
-                return items[0] if len(items) == 1 else ("list", *items)
-            while self.accept(","):
-                pass
+                items.append(self.relation())
+        return items[0] if len(items) == 1 else ("list", *items)
 
     def relation(self):
         sides, sources, signs = [], [], []
@@ -478,24 +466,21 @@ class Reader:
         if signs[-1:] == ["≈"]:  # 2\sqrt2 \approx 2.83 is 2\sqrt2
             signs.pop()
             if not all(apply(lambda x, y: abs(x - y) < abs(y) / 20, 1, sides[-2], sides.pop())):
-                raise Unreadable("not even near")
+                raise Unreadable
         if not signs or signs == ["∈"]:
             return sides[-1]
         return chain(sides, sources) if set(signs) == {"="} else inequality(sides, sources, signs)
 
     def sum(self):
-        signs = {"+": Fraction(1), "-": Fraction(-1), r"\pm": self.sign, r"\mp": -self.sign}
         value = None
         while True:
-            if self.peek in signs:
-                sign = signs[self.next()]
-                term = self.product() if sign == 1 else multiply(sign, self.product())
+            if self.peek in ("+", "-"):
+                term = negative(self.product()) if self.next() == "-" else self.product()
                 value = term if value is None else add(value, term)
             elif value is None:
                 value = self.product()
             elif self.accept(r"\cup"):
-                other = self.product()
-                value = ("set", *items_of(value), *items_of(other))
+                value = ("set", *items_of(value), *items_of(self.product()))
             elif self.accept(r"\setminus"):
                 value = without(value, self.product())
             else:
@@ -522,9 +507,9 @@ class Reader:
         return self.power()
 
     def starts_factor(self) -> bool:
-        token, before = self.peek, self.tokens[self.i - 1]
+        token = self.peek
         if token[:1].isdigit():  # x 5, but neither x5 nor 5 5
-            return not before[0].isdigit() and (not before.isalpha() or self.spaced[self.i])
+            return self.spaced[self.i] and not self.tokens[self.i - 1][0].isdigit()
         return token[:1].isalpha() or token == "{" or token in CLOSING or token == "|" and not self.bars
 
     def power(self):
@@ -549,18 +534,10 @@ class Reader:
         value = self.atom()
         return power(value, self.argument()) if self.accept("^") else value
 
-    def digit(self):
-        """TeX takes one digit: \\frac12 is 1/2."""
-        token = self.peek
-        if token.isdigit() and len(token) > 1:
-            self.tokens[self.i:self.i + 1] = [token[0], token[1:]]
-            self.spaced.insert(self.i + 1, False)
-        return self.atom()
-
     def atom(self):
         self.depth += 1
         if self.depth > DEPTH:
-            raise Unreadable("nested too deeply")
+            raise Unreadable
         value = self.thing(self.next())
         self.depth -= 1
         return value
@@ -569,10 +546,9 @@ class Reader:
         if token[:1].isdigit() or token[:1] == "." and len(token) > 1:
             return self.number(token)
         if token[:5] == r"\text":
-            token = WRAPPER.sub(r"\1", token).strip().casefold()
-            if token not in CONSTANTS and len(token) > 1:
-                return ("text", token)
-        if token.isalpha():
+            word = WRAPPER.sub(r"\1", token).strip()
+            return self.word(word) if len(word) == 1 else NUMBER_WORDS.get(word, ("text", word.casefold()))
+        if token[:1].isalpha():
             return self.word(token)
         if token in CLOSING:
             return self.bracket(token)
@@ -588,7 +564,7 @@ class Reader:
             return apply(abs, 1, value)
         if token == r"\dots":
             return ("text", token)
-        raise Unreadable(f"unexpected {token[:20]!r}")
+        raise Unreadable
 
     def number(self, token: str):
         if "_" in token:  # a conversion to another base is not solved by not converting
@@ -597,16 +573,14 @@ class Reader:
             return repeating(found)
         mantissa, _, exponent = token.lower().partition("e")
         if abs(int(exponent or 0)) > BITS // 4:
-            raise Unreadable("a number too long")
+            raise Unreadable
         number = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        mixed = token.isdigit() and self.tokens[self.i - 2] not in ("^", "_")
-        if mixed and self.peek == "frac":
+        if token.isdigit() and self.peek == "frac" and self.tokens[self.i - 2] != "^":  # 2\frac12
             part = self.atom()
-            return number + part if is_exact(part) and 0 < part < 1 else multiply(number, part)
-        if mixed and self.spaced[self.i] and self.tokens[self.i + 1] == "/":
-            part = divide(self.atom(), self.next() and self.atom())
+            if not is_exact(part):
+                return multiply(number, part)
             if not 0 < part < 1:
-                raise Unreadable("two numbers")
+                raise Unreadable
             return number + part
         return number
 
@@ -615,37 +589,28 @@ class Reader:
         low = word.lower()
         if word in CONSTANTS or low in NUMBER_WORDS:
             return CONSTANTS[low]
-        if low in FUNCTIONS or low in ("sqrt", "cbrt"):
-            return self.function(low)
-        if word in ("frac", "binom"):
-            a, b = self.digit(), self.digit()
-            return divide(a, b) if word == "frac" else binomial(a, b)
-        if word in ("lfloor", "lceil"):
-            value = self.list()
-            self.expect(r"\r" + word[1:])
-            return apply(FUNCTIONS[word[1:]], 3, value)
+        if word == "frac":
+            return divide(self.atom(), self.atom())
+        if word == "binom":
+            return binomial(self.atom(), self.atom())
         if word == "begin":
             return self.matrix()
+        name, _, index = low.partition("_")
+        if name in FUNCTIONS or name == "sqrt":
+            return self.function(name, index.strip("{}"))
         if low in HEDGES:
-            raise Unreadable("a remark")
-        if len(word) > 1 and word not in LETTERS:
+            raise Unreadable
+        if word.isalpha() and len(word) > 1 and word not in LETTERS:
             return ("text", low)
-        if self.accept("_"):
-            word += "_" + self.next()
-            while "{" in word and self.peek and not self.accept("}"):
-                word += self.next()
-        while self.accept("'"):
-            word += "'"
-        return variable(word.replace("{", ""))
+        return variable(re.sub("[{}]", "", word))
 
-    def function(self, name: str):
-        if name in ("sqrt", "cbrt"):
-            n = Fraction(3 if name == "cbrt" else 2)
+    def function(self, name: str, base: str):
+        if name == "sqrt":
+            n = Fraction(2)
             if self.accept("["):
                 n = self.sum()
                 self.expect("]")
             return root(n, self.atom())
-        base = self.digit() if self.accept("_") else None
         exponent = self.argument() if self.accept("^") else None
         if self.peek in CLOSING or self.peek == "{":
             x = self.power()
@@ -657,35 +622,34 @@ class Reader:
             name, exponent = "arc" + name, None
         x = positive(x) if name in ("ln", "log") else x
         value = apply(lambda y: FUNCTIONS[name](y) if abs(y) < 10**4 else None, 25, x)
-        if base is not None:
-            value = divide(value, apply(mp.log, 10, base))
+        if base:
+            value = divide(value, apply(mp.log, 10, Reader(base).value))
         return value if exponent is None else power(value, exponent)
 
     def bracket(self, opening: str):
         if self.accept(r"\}"):
             return ("set",)
-        value, closing = self.list(top=opening == r"\{"), self.next()
-        items = value[1:] if tag(value) == "list" else (value,)
-        if closing != CLOSING[opening] and (opening + closing not in ("(]", "[)") or len(items) == 1):
-            raise Unreadable("brackets of two kinds")
-        if opening == r"\{":
+        items, closing = items_of(self.list()), self.next()
+        if opening == r"\{" and closing == r"\}":
             return ("set", *items)
+        if closing not in (")", "]") or opening == r"\{" or len(items) == 1 and closing != CLOSING[opening]:
+            raise Unreadable
         if len(items) == 1:
-            return value
-        if opening == "[" and all(tag(row) == "[]" for row in items):
+            return items[0]
+        if opening == "[" and all(tag(row) in ("[]", "()") for row in items):
             return ("matrix", *(("row", *row[1:]) for row in items))
         return sequence(opening, items, closing)
 
     def matrix(self):
         rows = [[]]
-        while not self.accept("end", r"\end"):
+        while not self.accept(r"\end"):
             if self.accept(r"\\"):
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.relation())
         rows = [row for row in rows if row]
         if len(set(map(len, rows))) != 1:
-            raise Unreadable("rows of different length")
+            raise Unreadable
         if len(rows[0]) == 1:  # a vector may be written as a point
             return ("()", *(row[0] for row in rows))
         return ("matrix", *(("row", *row) for row in rows))
@@ -704,29 +668,27 @@ def items_of(value) -> tuple:
 
 def sequence(opening: str, items: tuple, closing: str) -> tuple:
     """A point or an interval; infinite ends are open, however they are written."""
-    opening = "(" if items[0] == NINF or opening + closing == "[]" and len(items) > 2 else opening
-    closing = ")" if items[-1] == INF or opening + closing == "(]" and len(items) > 2 else closing
-    return (opening + closing, *items)
+    if len(items) > 2:
+        return ("()", *items)
+    return (("(" if items[0] == NINF else opening) + (")" if items[1] == INF else closing), *items)
 
 
 def without(space, points) -> tuple:
     r"""\mathbb{R}\setminus\{2\} as the union of what lies between the points."""
     if space != REALS or tag(points) != "set":
-        raise Unreadable("a difference of sets")
+        raise Unreadable
     ends = [NINF, *sorted(points[1:], key=lambda end: add(end, [mp.zero])[0]), INF]
     return ("set", *(sequence("(", pair, ")") for pair in zip(ends, ends[1:])))
 
 
 def chain(sides: list, sources: list):
     """x = 10/2 = 5 is x = 5, and 10/2 = 5 is 5; sides that are not all the same are no answer."""
-    if NAME.fullmatch(sources[-1]) and not NAME.fullmatch(sources[0]):
-        sides, sources = sides[::-1], sources[::-1]  # 5 = x
     names = list(itertools.takewhile(NAME.fullmatch, sources[:-1]))
     name = names[0] if names else ""
     if all(equal(sides[-1], side) for side in sides[len(names):-1]):
         return ("=", name, sides[-1], sides[0]) if name else sides[-1]
     if name or len(sides) > 2:
-        raise Unreadable("a false chain")
+        raise Unreadable
     return ("=", "", sides[1], sides[0])
 
 
@@ -744,9 +706,9 @@ def inequality(sides: list, sources: list, signs: list):
     elif len(sides) == 2 and NAME.fullmatch(sources[1]):
         sides, signs = [*sides, INF], [*signs, "<"]
     elif len(sides) != 3 or not NAME.fullmatch(sources[1]):
-        raise Unreadable("an unsolved inequality")
+        raise Unreadable
     if not set(signs) <= {"<", "<="}:
-        raise Unreadable("a mixed chain")
+        raise Unreadable
     return sequence("([" [signs[0] == "<="], (sides[0], sides[2]), ")]"[signs[1] == "<="])
 
 
@@ -813,9 +775,9 @@ def equal(a, b) -> bool:
 
 
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
-PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+ ?/ ?\d+|\\frac ?(?:\{-?\d+\}|\d) ?(?:\{-?\d+\}|\d))")
+PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+ ?/ ?\d+|\\frac ?\{-?\d+\} ?\{-?\d+\})")
 PERCENT_OR_DEGREE = re.compile(r"\\?%|\\degree")
-FRACTION = r"\\frac ?(?:\{-?(\d+)\}|(\d)) ?(?:\{-?(\d+)\}|(\d+))|(\d+) ?/ ?-?(\d+)"
+FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
 FINISHED = re.compile(  # a number that is worked out
     rf"(?:[({{\[]|\\\{{)*[-+]? ?[({{\[]*(?:(?:(?:{NUMERAL}) ?)?(?:{FRACTION})"
     rf"|(?:(?:{NUMERAL}) ?(?:\\times|\\cdot|\*) ?)?\(?10 ?(?:\^|\*\*) ?\{{?[-+]?\d+\}}?"
@@ -836,7 +798,11 @@ def read(text: str):
     global spent
     spent = 0
     try:
-        return Reader(text).value
+        if r"\pm" not in text:
+            return Reader(text).value
+        signs = (("+", "-"), ("-", "+"))
+        return ("set", *(item for plus, minus in signs for item in items_of(
+            Reader(text.replace(r"\pm", plus).replace(r"\mp", minus)).value)))
     except FAILURES:
         return None
 
@@ -844,7 +810,7 @@ def read(text: str):
 def is_finished(text: str) -> bool:
     """Of a number: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, and 26 as the last side of 18+8 = 26."""
     found = FINISHED.fullmatch(re.split(r"=|\\approx", text)[-1].strip())
-    parts = [int(part) for part in found.groups()[:6] if part] if found else []
+    parts = [int(part) for part in found.groups()[:4] if part] if found else []
     return bool(found) and (not parts or parts[1] > 1 and math.gcd(*parts) == 1)
 
 
