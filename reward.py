@@ -29,7 +29,7 @@ from mpmath.ctx_mp import MPContext
 LONGEST = 600  # characters of an answer; a longer one must be the gold text itself
 TAIL = 100_000  # characters of a response in which its answer is looked for
 LAST_LINES = 5  # of a response, in which an answer without a box is looked for
-TOKENS, DEPTH = 200, 40
+TOKENS = 200  # of an answer, which bounds its nesting as well
 BITS = 20_000  # of an exact number
 WORK = 6000  # of one reading, in units of about 1.5 us: an addition at one point
 
@@ -109,7 +109,7 @@ def extract_answer(response: str) -> str | None:
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
          "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
 NAMED = (r"∞ \infty ≤ \le ≥ \ge ≠ \ne ≈ \approx ± \pm ∓ \mp ∪ \cup ∈ \in ∅ \emptyset ° \degree "
-         r"√ \sqrt ∛ \sqrt[3] ℝ \reals … \dots € \dollar").split()
+         r"√ \sqrt ∛ \sqrt[3] ℝ \reals … \dots € \dollar ¢ \text{cents}").split()
 SIGNS = str.maketrans(
     {sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK)}
     | {sign: name + " " for sign, name in zip(NAMED[::2], NAMED[1::2])}
@@ -119,14 +119,14 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 SCALE = re.compile(rf"(?<=\d) ?(\\text ?\{{)? ?({'|'.join(SCALES)})\b")
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|mathrm|mathtt|mbox|operatorname|underline)\*? ?\{",
-     r"\\text{"), (r"\\math(?:bf|it|sf|cal) ?\{([^{}]*)\}", r"\1"),
+     r"\\text{"), (r"\\(?:math(?:bf|it|sf|cal)|overline(?=\{[A-Z]{2})) ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|(?:display|text)style"
-     r"|hline)(?![a-zA-Z])|\\! ?|\\color ?[a-z]+|(?<=[{(\[]) | (?=[})\]])"
+     r"|hline)(?![a-zA-Z])|\\! ?|\\color ?[a-z]+|(?<=[{(\[]) | (?=[})\]])|m ?(?=\\angle)"
      r"|\\(?:textcolor|color|[hv]?phantom|[hv]space) ?\{[^{}]*\}", ""),
     (r"\\text ?\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
     (r"\\\$", r"\\dollar "), (r"\$|(?<!\\)\\(?:[;:>()\[\]]|q?quad)", " "),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
-    (r"(?<!\\)\\[, ]|~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"(?<!\\)\\[, ]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
@@ -146,6 +146,8 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
     (r"^(?:\\text ?\{)?[aA]ll real(?: numbers?|s)?\}?$", r"\\reals"),
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
+    (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
+    (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
     (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)", ""), (r" +", " "))]
 
 
@@ -356,7 +358,7 @@ COMMANDS = LETTERS | FUNCTIONS.keys() | CONSTANTS.keys() | {
 REPEATING = (r"(?P<whole>\d*)\.(?P<fixed>\d*?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(?P<block>\d+)[})]?"
              r"|(?P<again>\d+?)(?P=again)+ ?\\dots)")
 NUMERAL = r"\d+(?:\.\d+|\.(?![.\d]))?(?:[eE][+-]?\d+(?![\d.]))?|\.\d+"
-TOKEN = re.compile(rf" ?(?P<token>{REPEATING}|\d[0-9A-F]*_(?:\d+|\{{\d+\}})|{NUMERAL}"
+TOKEN = re.compile(rf"(?P<token>{REPEATING}|\d[0-9A-F]*_(?:\d+|\{{\d+\}})|{NUMERAL}"
                    r"|\\text ?\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+(?:_(?:\{[^{}]*\}|\w))?'*"
                    r"|\*\*|[<>!=]=|\\?.)")
 ALIASES = {alias: token for row in r"""
@@ -387,7 +389,7 @@ arcsin asin \asin
 arccos acos \acos
 arctan atan \atan
 """.split("\n") for token, *aliases in [row.split() or [""]] for alias in aliases}
-DROPPED = set(r"\vec \boldsymbol \hat \bold \boxed \angle \triangle \dollar".split())
+DROPPED = {" ", *r"\vec \boldsymbol \hat \bold \boxed \angle \triangle \dollar".split()}
 MARKS = set(r"\end \cup \setminus \pm \mp \dots".split())
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "∈", "≈"}
@@ -398,34 +400,32 @@ NAME = re.compile(  # of an answer, as in AB = 5 or f(x) = x^2; not xy, or xy = 
     rf"|[fghpqA-Z](?:\^\{{-1\}})?'*\([\w,]+\)|\({LETTER}(?:,{LETTER})+\)")
 
 
-def split_tokens(text: str) -> tuple[list[str], list[bool]]:
-    """Tokens, and whether a space stands before each; xy are two tokens, \\pi and pi the same."""
-    tokens, spaced = [], []
+def split_tokens(text: str) -> list[str]:
+    """xy are two tokens, \\pi and pi the same."""
+    tokens = []
     for found in TOKEN.finditer(text):
         token = ALIASES.get(found["token"], found["token"])
-        name = re.match(r"\\?[^\W\d_]*", token)[0]
-        if name.removeprefix("\\") in COMMANDS:
+        name = re.match(r"\\?([^\W\d_]*)", token)[1]
+        if name in COMMANDS:
             token = token.removeprefix("\\")
-        elif len(name) > 1 and name[0] == "\\" and name[:5] != r"\text" and name not in MARKS | DROPPED:
+        elif token[0] == "\\" and name and name != "text" and token not in MARKS | DROPPED:
             raise Unreadable
-        elif name == token and (len(name) < 4 and name.lower() not in HEDGES | CONSTANTS.keys()
-                                or re.fullmatch("[abcdwxyz]+", name)):
-            token = list(name)
-        parts = [part for part in ([token] if isinstance(token, str) else token)
-                 if part not in DROPPED]
-        tokens += parts
-        spaced += [found[0][0] == " ", *[False] * len(parts)][:len(parts)]
+        if name == token not in COMMANDS and (
+                len(name) < 4 and name.lower() not in HEDGES | CONSTANTS.keys()
+                or re.fullmatch("[abcdwxyz]+", name)):
+            tokens += name
+        elif token not in DROPPED:
+            tokens.append(token)
     if len(tokens) > TOKENS:
         raise Unreadable
-    return tokens + [""] * 3, spaced + [False] * 3
+    return tokens + [""] * 3
 
 
 class Reader:
     """Reads one answer by recursive descent, from lists down to letters; its value is `value`."""
 
     def __init__(self, text: str):
-        self.tokens, self.spaced = split_tokens(text)
-        self.i = self.depth = self.bars = 0
+        self.tokens, self.i, self.bars = split_tokens(text), 0, 0
         self.value = self.list()
         if self.peek:
             raise Unreadable
@@ -507,9 +507,7 @@ class Reader:
         return self.power()
 
     def starts_factor(self) -> bool:
-        token = self.peek
-        if token[:1].isdigit():  # x 5, but neither x5 nor 5 5
-            return self.spaced[self.i] and not self.tokens[self.i - 1][0].isdigit()
+        token = self.peek  # a number does not: x5 or 5 5 could be anything
         return token[:1].isalpha() or token == "{" or token in CLOSING or token == "|" and not self.bars
 
     def power(self):
@@ -535,14 +533,7 @@ class Reader:
         return power(value, self.argument()) if self.accept("^") else value
 
     def atom(self):
-        self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable
-        value = self.thing(self.next())
-        self.depth -= 1
-        return value
-
-    def thing(self, token: str):
+        token = self.next()
         if token[:1].isdigit() or token[:1] == "." and len(token) > 1:
             return self.number(token)
         if token[:5] == r"\text":
@@ -571,10 +562,9 @@ class Reader:
             return ("text", re.sub("[{}]", "", token))
         if found := re.fullmatch(REPEATING, token):
             return repeating(found)
-        mantissa, _, exponent = token.lower().partition("e")
-        if abs(int(exponent or 0)) > BITS // 4:
+        if abs(int(token.lower().partition("e")[2] or 0)) > BITS // 4:
             raise Unreadable
-        number = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
+        number = Fraction(token)
         if token.isdigit() and self.peek == "frac" and self.tokens[self.i - 2] != "^":  # 2\frac12
             part = self.atom()
             if not is_exact(part):
@@ -648,8 +638,6 @@ class Reader:
             elif not self.accept("&"):
                 rows[-1].append(self.relation())
         rows = [row for row in rows if row]
-        if len(set(map(len, rows))) != 1:
-            raise Unreadable
         if len(rows[0]) == 1:  # a vector may be written as a point
             return ("()", *(row[0] for row in rows))
         return ("matrix", *(("row", *row) for row in rows))
@@ -694,22 +682,17 @@ def chain(sides: list, sources: list):
 
 def inequality(sides: list, sources: list, signs: list):
     """x > 3 and 1 < x <= 2 are intervals."""
-    if signs == ["!="] and NAME.fullmatch(sources[0]):
-        return without(REALS, ("set", sides[1]))
     if signs[0][0] == ">":
         sides, sources = sides[::-1], sources[::-1]
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
-    if len(sides) == 2 and re.fullmatch(rf"\|{LETTER}\|", sources[0]):  # |x| < 2
-        sides, signs = [negative(sides[1]), *sides], signs * 2
-    elif len(sides) == 2 and NAME.fullmatch(sources[0]):
+    if len(sides) == 2 and NAME.fullmatch(sources[0]):
         sides, signs = [NINF, *sides], ["<", *signs]
     elif len(sides) == 2 and NAME.fullmatch(sources[1]):
         sides, signs = [*sides, INF], [*signs, "<"]
     elif len(sides) != 3 or not NAME.fullmatch(sources[1]):
         raise Unreadable
-    if not set(signs) <= {"<", "<="}:
-        raise Unreadable
-    return sequence("([" [signs[0] == "<="], (sides[0], sides[2]), ")]"[signs[1] == "<="])
+    ends = {"<": "()", "<=": "[]"}
+    return sequence(ends[signs[0]][0], (sides[0], sides[2]), ends[signs[1]][1])
 
 
 # ---------------------------------------------------------------------------------------- equality
@@ -784,11 +767,11 @@ FINISHED = re.compile(  # a number that is worked out
     rf"|{REPEATING}|{NUMERAL}|(?:\\text ?\{{)?[a-z ]+)(?:[)}}\]% ]|\\\}}|\\%|\\degree)*", re.I)
 CHOICE = re.compile(r"\(?([A-J])(?:\)|\.|:)(?: +([^()]*))?|([A-Ja-e])")
 WORDS = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+)*")
-PRODUCT = re.compile(r"(?i)[abcdwxyz]{2,}|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\Waeiou\d_]a")
+PRODUCT = re.compile(r"(?i)[abcdwxyz]{2,}|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\Waeiou\d_]a|\w(?: \w)+")
 CLAUSE = re.compile(r",? ?(?:\\text ?\{)?[, ]*\b(?:for (?:any|all|every|each|some|an)|where|with)\b"
                     r"|, ?(?=[a-z] ?\\in\b)")
 VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])")
-FAILURES = (ValueError, ArithmeticError, TypeError, AttributeError, IndexError, RecursionError,
+FAILURES = (ValueError, ArithmeticError, TypeError, AttributeError, LookupError, RecursionError,
             MemoryError)
 
 
@@ -837,8 +820,7 @@ def split_clause(text: str) -> tuple[str, str]:
     r"""x + c \text{ for any real } c, which only says what c is, as two texts."""
     if found := CLAUSE.search(text):
         head, clause = text[:found.start()].strip(), text[found.end():]
-        told = set(VARIABLE.findall(clause)) & set(VARIABLE.findall(head))
-        if told and not re.search(r"[=<>\d]", clause):
+        if set(VARIABLE.findall(clause)) & set(head) and not re.search(r"[=<>\d]", clause):
             return head, clause
     return text, ""
 
