@@ -33,7 +33,7 @@ TOKENS = 200  # of an answer, which bounds its nesting as well
 BITS = 20_000  # of an exact number
 WORK = 6000  # of one reading, in units of about 1.5 us: an addition at one point
 
-# -------------------------------------------------------------------------------------- extraction
+# ------------------------------------------------ extraction
 
 END_OF_TURN = re.compile(
     r"<\|(?:im_end|eot_id|endoftext|end_of_text)\|>|</s>|<｜end▁of▁sentence｜>")
@@ -104,12 +104,12 @@ def extract_answer(response: str) -> str | None:
     return last_phrase(text)
 
 
-# -------------------------------------------------------------------------------------- clean text
+# ------------------------------------------------ clean text
 
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
          "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
 NAMED = (r"∞ \infty ≤ \le ≥ \ge ≠ \ne ≈ \approx ± \pm ∓ \mp ∪ \cup ∈ \in ∅ \emptyset ° \degree "
-         r"√ \sqrt ∛ \sqrt[3] ℝ \reals … \dots € \dollar ¢ \text{cents}").split()
+         r"√ \sqrt ∛ \sqrt[3] ℝ \reals … \dots € \$ ¢ \text{cents}").split()
 SIGNS = str.maketrans(
     {sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK)}
     | {sign: name + " " for sign, name in zip(NAMED[::2], NAMED[1::2])}
@@ -124,9 +124,9 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
      r"|hline)(?![a-zA-Z])|\\! ?|\\color ?[a-z]+|(?<=[{(\[]) | (?=[})\]])|m ?(?=\\angle)"
      r"|\\(?:textcolor|color|[hv]?phantom|[hv]space) ?\{[^{}]*\}", ""),
     (r"\\text ?\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
-    (r"\\\$", r"\\dollar "), (r"\$|(?<!\\)\\(?:[;:>()\[\]]|q?quad)", " "),
+    (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "), (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
-    (r"(?<!\\)\\[, ]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"(?<!\\)\\[, $]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
@@ -201,12 +201,10 @@ HEDGES = set(
 
 def split_unit(text: str) -> tuple[str, set]:
     r"""5 \text{ cm}^2 as "5" and {"cm", "^2"}. Raises Unreadable for a remark such as "or so"."""
-    text, dollars = re.subn(r"\\dollar", "", text)
-    units = {"dollar"} if dollars else set()
     found = UNIT.search(text)
-    number = text[:found.start()].strip() if found else text
-    if not found or not re.search(r"[\d\\]", number):
-        return text.strip(), units
+    number = text[:found.start()].strip() if found else ""
+    if not re.search(r"[\d\\]", number):
+        return text, set()
     names = re.findall(r"[a-z]+|\^\d", re.sub(r"\\text|[{}]| (?=\^)", "", found[0].casefold()))
     names = [UNITS.get(name.removesuffix("s") or name, name) for name in names]
     if HEDGES.intersection(names) or re.search(r"\\text ?\{[^{}]*[(?\d]", found[0]):
@@ -216,10 +214,10 @@ def split_unit(text: str) -> tuple[str, set]:
         known = first in "mgslhLNJWVKCF" and PLAIN.fullmatch(number)
     else:
         known = not first.isalpha() or names[0] in UNITS or len(first) > 3 and first not in COMMANDS
-    return (number, units | set(names)) if known else (text.strip(), units)
+    return (number, set(names)) if known else (text, set())
 
 
-# ------------------------------------------------------------------------------------------ values
+# ------------------------------------------------ values
 # A number is a Fraction, or a list: mpmath's numbers at one point (a constant) or at every point (it
 # has variables), None where it has no real value. The rest are tuples of a tag and values: "list"
 # and "set"; "()", "[)" and so on for points and intervals; "matrix" and its "row"s; ":" for a ratio;
@@ -340,11 +338,10 @@ def binomial(n, k):
     return divide(factorial(n), multiply(factorial(k), factorial(add(n, negative(k)))))
 
 
-# ------------------------------------------------------------------------------------------ reader
+# ------------------------------------------------ reader
 
 INF, NINF = [mp.inf], [-mp.inf]
 REALS = ("()", NINF, INF)
-DEGREE, HUNDREDTH = [mp.pi / 180], Fraction(1, 100)
 FUNCTIONS = {name: getattr(mp, name.replace("arc", "a")) for name in (
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln log").split()}
 NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
@@ -389,7 +386,7 @@ arcsin asin \asin
 arccos acos \acos
 arctan atan \atan
 """.split("\n") for token, *aliases in [row.split() or [""]] for alias in aliases}
-DROPPED = {" ", *r"\vec \boldsymbol \hat \bold \boxed \angle \triangle \dollar".split()}
+DROPPED = {" ", *r"\vec \boldsymbol \hat \bold \boxed \angle \triangle".split()}
 MARKS = set(r"\end \cup \setminus \pm \mp \dots".split())
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "∈", "≈"}
@@ -419,6 +416,40 @@ def split_tokens(text: str) -> list[str]:
     if len(tokens) > TOKENS:
         raise Unreadable
     return tokens + [""] * 3
+
+
+def repeating(found: re.Match) -> Fraction:
+    """0.1\\overline{6}, 0.1(6) and 0.1666... are 1/6."""
+    fixed, block = found["fixed"], found["block"] or found["again"]
+    nines = 10 ** len(fixed) * (10 ** len(block) - 1)
+    return int(found["whole"] or 0) + Fraction(int(fixed + block) - int(fixed or 0), nines)
+
+
+def items_of(value) -> tuple:
+    return value[1:] if tag(value) in ("list", "set") else (value,)
+
+
+def sequence(opening: str, items: tuple, closing: str) -> tuple:
+    """A point or an interval; infinite ends are open, however they are written."""
+    if len(items) > 2:
+        return ("()", *items)
+    return (("(" if items[0] == NINF else opening) + (")" if items[1] == INF else closing), *items)
+
+
+def without(space, points) -> tuple:
+    r"""\mathbb{R}\setminus\{2\} as the union of what lies between the points."""
+    if space != REALS or tag(points) != "set":
+        raise Unreadable
+    ends = [NINF, *sorted(points[1:], key=lambda end: add(end, [mp.zero])[0]), INF]
+    return ("set", *(sequence("(", pair, ")") for pair in zip(ends, ends[1:])))
+
+
+AFTER = {"!": factorial, "%": lambda a: multiply(a, Fraction(1, 100)),
+         "°": lambda a: multiply(a, [mp.pi / 180])}
+BETWEEN = {
+    "+": (1, add), "-": (1, lambda a, b: add(a, negative(b))), r"\setminus": (1, without),
+    r"\cup": (1, lambda a, b: ("set", *items_of(a), *items_of(b))), "*": (2, multiply),
+    "/": (2, divide), ":": (2, lambda a, b: (":", divide(a, b))), "^": (3, power)}
 
 
 class Reader:
@@ -458,7 +489,7 @@ class Reader:
         sides, sources, signs = [], [], []
         while True:
             start = self.i
-            sides.append(self.sum())
+            sides.append(self.expression())
             sources.append("".join(self.tokens[start:self.i]))
             if self.peek not in RELATIONS:
                 break
@@ -471,66 +502,26 @@ class Reader:
             return sides[-1]
         return chain(sides, sources) if set(signs) == {"="} else inequality(sides, sources, signs)
 
-    def sum(self):
-        value = None
-        while True:
-            if self.peek in ("+", "-"):
-                term = negative(self.product()) if self.next() == "-" else self.product()
-                value = term if value is None else add(value, term)
-            elif value is None:
-                value = self.product()
-            elif self.accept(r"\cup"):
-                value = ("set", *items_of(value), *items_of(self.product()))
-            elif self.accept(r"\setminus"):
-                value = without(value, self.product())
-            else:
-                return value
-
-    def product(self):
-        value = self.signed()
-        while True:
-            if self.accept("*"):
-                value = multiply(value, self.signed())
-            elif self.accept("/"):
-                value = divide(value, self.signed())
-            elif self.accept(":"):
-                value = (":", divide(value, self.power()))
-            elif self.starts_factor():
-                value = multiply(value, self.power())
-            else:
-                return value
-
-    def signed(self):
+    def expression(self, least: int = 1):
+        """Of operations that bind at least so tightly: 1 sums, 2 products, 3 powers."""
         if self.accept("-"):
-            return negative(self.power())
-        self.accept("+")
-        return self.power()
+            value = negative(self.expression(max(least, 2)))
+        else:
+            self.accept("+")
+            value = self.atom()
+        while True:
+            if self.peek in AFTER:
+                value = AFTER[self.next()](value)
+                continue
+            level, operation = BETWEEN.get(self.peek, (2 * self.starts_factor(), multiply))
+            if level < least:
+                return value
+            self.i += self.peek in BETWEEN
+            value = operation(value, self.expression(level + (level < 3)))
 
     def starts_factor(self) -> bool:
         token = self.peek  # a number does not: x5 or 5 5 could be anything
         return token[:1].isalpha() or token == "{" or token in CLOSING or token == "|" and not self.bars
-
-    def power(self):
-        value = self.atom()
-        while True:
-            if self.accept("^"):
-                value = power(value, self.argument())
-            elif self.accept("!"):
-                value = factorial(value)
-            elif self.accept("%"):
-                value = multiply(value, HUNDREDTH)
-            elif self.accept("°"):
-                value = multiply(value, DEGREE)
-            else:
-                return value
-
-    def argument(self):
-        """An exponent or the like: a group, or one thing with its sign; 2^3^2 is 2^(3^2)."""
-        if self.accept("-"):
-            return negative(self.argument())
-        self.accept("+")
-        value = self.atom()
-        return power(value, self.argument()) if self.accept("^") else value
 
     def atom(self):
         token = self.next()
@@ -598,16 +589,14 @@ class Reader:
         if name == "sqrt":
             n = Fraction(2)
             if self.accept("["):
-                n = self.sum()
+                n = self.expression()
                 self.expect("]")
             return root(n, self.atom())
-        exponent = self.argument() if self.accept("^") else None
-        if self.peek in CLOSING or self.peek == "{":
-            x = self.power()
-        else:  # sin 2x, but not the cos of sin x cos x
-            x = self.signed()
-            while self.starts_factor() and self.peek not in FUNCTIONS:
-                x = multiply(x, self.power())
+        exponent = self.expression(3) if self.accept("^") else None
+        bracket = self.peek in CLOSING or self.peek == "{"
+        x = self.expression(3)
+        while not bracket and self.starts_factor() and self.peek not in FUNCTIONS:
+            x = multiply(x, self.expression(3))  # sin 2x, but not the cos of sin x cos x
         if exponent == -1 and "arc" + name in FUNCTIONS:
             name, exponent = "arc" + name, None
         x = positive(x) if name in ("ln", "log") else x
@@ -643,32 +632,6 @@ class Reader:
         return ("matrix", *(("row", *row) for row in rows))
 
 
-def repeating(found: re.Match) -> Fraction:
-    """0.1\\overline{6}, 0.1(6) and 0.1666... are 1/6."""
-    fixed, block = found["fixed"], found["block"] or found["again"]
-    nines = 10 ** len(fixed) * (10 ** len(block) - 1)
-    return int(found["whole"] or 0) + Fraction(int(fixed + block) - int(fixed or 0), nines)
-
-
-def items_of(value) -> tuple:
-    return value[1:] if tag(value) in ("list", "set") else (value,)
-
-
-def sequence(opening: str, items: tuple, closing: str) -> tuple:
-    """A point or an interval; infinite ends are open, however they are written."""
-    if len(items) > 2:
-        return ("()", *items)
-    return (("(" if items[0] == NINF else opening) + (")" if items[1] == INF else closing), *items)
-
-
-def without(space, points) -> tuple:
-    r"""\mathbb{R}\setminus\{2\} as the union of what lies between the points."""
-    if space != REALS or tag(points) != "set":
-        raise Unreadable
-    ends = [NINF, *sorted(points[1:], key=lambda end: add(end, [mp.zero])[0]), INF]
-    return ("set", *(sequence("(", pair, ")") for pair in zip(ends, ends[1:])))
-
-
 def chain(sides: list, sources: list):
     """x = 10/2 = 5 is x = 5, and 10/2 = 5 is 5; sides that are not all the same are no answer."""
     names = list(itertools.takewhile(NAME.fullmatch, sources[:-1]))
@@ -695,7 +658,7 @@ def inequality(sides: list, sources: list, signs: list):
     return sequence(ends[signs[0]][0], (sides[0], sides[2]), ends[signs[1]][1])
 
 
-# ---------------------------------------------------------------------------------------- equality
+# ------------------------------------------------ equality
 
 
 def close(x, y) -> bool:
@@ -730,17 +693,17 @@ def match(xs: tuple, ys: tuple) -> bool:
 
 def equal(a, b) -> bool:
     """Whether two values are the same."""
+    if (tag(a), tag(b)).count("=") == 1:
+        a, b = unnamed(a), unnamed(b)
     tags = tag(a), tag(b)
+    if is_exact(a, b):
+        return a == b
     if tags == ("", ""):
-        if is_exact(a, b):
-            return a == b
         same = [at for at in apply(close, 1, a, b) if at is not None]
         return bool(same) and all(same)
-    if tags.count("=") == 1:
-        return (unnamed(a), unnamed(b)) != (a, b) and equal(unnamed(a), unnamed(b))
     if sorted(tags) == ["()", "list"]:  # x = 1, y = 2 is the point (1, 2)
-        point, items = sorted((a, b), key=tag)
-        return all(tag(x) == "=" for x in items[1:]) and match(items[1:], point[1:])
+        named = {tag(x) for x in max(a, b, key=tag)[1:]} == {"="}
+        return named and match(a[1:], b[1:])
     if "set" in tags:
         xs, ys = items_of(a), items_of(b)
         return len(xs) * len(ys) < 900 and all(any(equal(x, y) for y in ys) for x in xs) and all(
@@ -771,10 +734,6 @@ PRODUCT = re.compile(r"(?i)[abcdwxyz]{2,}|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\W
 CLAUSE = re.compile(r",? ?(?:\\text ?\{)?[, ]*\b(?:for (?:any|all|every|each|some|an)|where|with)\b"
                     r"|, ?(?=[a-z] ?\\in\b)")
 VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])")
-FAILURES = (ValueError, ArithmeticError, TypeError, AttributeError, LookupError, RecursionError,
-            MemoryError)
-
-
 @functools.lru_cache(maxsize=256)
 def read(text: str):
     """Its value, None if it cannot be read."""
@@ -786,7 +745,7 @@ def read(text: str):
         signs = (("+", "-"), ("-", "+"))
         return ("set", *(item for plus, minus in signs for item in items_of(
             Reader(text.replace(r"\pm", plus).replace(r"\mp", minus)).value)))
-    except FAILURES:
+    except Exception:
         return None
 
 
@@ -864,7 +823,7 @@ def is_equal(given: str, gold: str) -> bool:
     try:
         with LOCK:
             return same(clean(given), clean(gold))
-    except FAILURES:
+    except Exception:
         return False
 
 
@@ -880,7 +839,7 @@ def is_readable(answer: str) -> bool:
             text = clean(answer)
             short = len(text.split()) < 5 and WORDS.fullmatch(WRAPPER.sub(r"\1", text))
             return bool(short or CHOICE.fullmatch(text)) or read(split_unit(text)[0]) is not None
-    except FAILURES:
+    except Exception:
         return False
 
 
