@@ -1,18 +1,18 @@
 r"""Is a response's final answer the gold answer? A small and safe checker for mathematics.
 
-    math_reward("... so \\boxed{\\frac{2}{4}}.", "0.5") == 1.0
+    math_reward("... so \\boxed{\\frac{2}{4}}.", "\\frac{2}{4}") == 1.0
 
 1. `extract_answer` finds the answer: the last \boxed{}, else <answer>, else "#### 42", else what
    follows "the answer is" near the end.
-2. `clean` takes off what carries no meaning. Answers that are now the same text are equal.
+2. `clean` takes off what carries no meaning; answers of the same text are equal.
 3. `Reader` computes while it reads, by recursive descent: rational numbers exactly, others with 600
-   bits, and every variable as a few random numbers that depend on its name alone. So x(x+1) and
-   x^2+x come out the same, and no algebra is needed (Schwartz-Zippel).
-4. `equal` compares two values: numbers point by point, lists in any order, tuples in order.
+   bits, a variable as a few random numbers that depend on its name alone. So x(x+1) and x^2+x come
+   out the same without algebra (Schwartz-Zippel).
+4. `equal` compares: numbers point by point, lists in any order, tuples in order.
 5. Where the gold answer is a plain number, work left undone (18+8 for 26) is no answer.
 
-Nothing that a model wrote is executed. The work is bounded before it is begun: characters, tokens,
-depth, digits, exponents, function calls. What cannot be read equals only the same text.
+Nothing that a model wrote is executed, and all work is bounded: characters, tokens, digits,
+exponents, operations. What cannot be read equals only the same text.
 """
 
 import functools
@@ -33,7 +33,7 @@ TOKENS = 200  # of an answer, which bounds its nesting as well
 BITS = 20_000  # of an exact number
 WORK = 6000  # of one reading, in units of about 1.5 us: an addition at one point
 
-# ------------------------------------------------ extraction
+# ---- extraction
 
 END_OF_TURN = re.compile(
     r"<\|(?:im_end|eot_id|endoftext|end_of_text)\|>|</s>|<｜end▁of▁sentence｜>")
@@ -104,7 +104,7 @@ def extract_answer(response: str) -> str | None:
     return last_phrase(text)
 
 
-# ------------------------------------------------ clean text
+# ---- clean text
 
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
          "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
@@ -127,7 +127,6 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "), (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
     (r"(?<!\\)\\[, $]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"\\frac ?(\d)", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
     (r"\\log ?_(\d)", r"\\log_{\1}"),
@@ -145,7 +144,10 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
     (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
     (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
-    (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)", ""), (r" +", " "))]
+    (r"^(?=.*(?:for|where|with|\\in)\b)(.*([a-zA-Z]).*?)(?:,? ?(?:\\text ?\{)?[, ]*\b(?:where|with|for "
+     r"(?:any|all|every|each|some|an))\b|, ?(?=[a-zA-Z] ?\\in\b))(?=.*(?<![a-zA-Z\\])\2(?![a-zA-Z]))"
+     r"[^=<>\d]*$", r"\1"),  # x + c \text{ for any real } c
+    (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)|(?<=\S) ?\\approx ?-?\d*\.\d+$", ""), (r" +", " "))]
 
 
 def to_ascii(text: str) -> str:
@@ -171,21 +173,17 @@ def clean(text: str) -> str:
 
 
 def same_text(given: str, gold: str) -> bool:
-    """Without wrappers, articles and spaces, except between digits; words in lower case."""
-    texts = [re.sub(r"^(?i:an?|the) (?=[a-z]{2})|(?<![\d,;]) | (?!\d)|(?<!\.)\.$", "",
-                    WRAPPER.sub(r"\1", text).strip()) for text in (given, gold)]
-    words = all(re.search(r"[^\W\d_]{3}|(?i:no|am|pm)", text) for text in texts)
-    if words and not re.search(r"[-+*/^=_\\]", "".join(texts)):
-        texts = [text.casefold() for text in texts]
-    return texts[0] == texts[1]
+    """Without wrappers and spaces, except between digits."""
+    given, gold = (re.sub(r"(?<![\d,;]) | (?!\d)|\.$", "", WRAPPER.sub(r"\1", text).strip())
+                   for text in (given, gold))
+    return given == gold
 
 
 UNITS = {unit: names.split()[0] for names in (
     "cm centimeter centimetre", "mm millimeter", "km kilometer kilometre", "m meter metre",
-    "ft foot feet", "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram",
-    "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "yr year", "dollar usd",
-    "l liter litre", "ml milliliter", "mph", "^2 square sq", "^3 cubic", "hz", "kj", "kw", "am",
-    "pm") for unit in names.split()}
+    "ft foot feet", "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "mg", "lb pound",
+    "oz ounce", "s sec second", "min minute", "h hr hour", "yr year", "l liter litre", "ml", "mph",
+    "^2 square sq", "^3 cubic", "hz", "kw", "am", "pm") for unit in names.split()}
 UNIT = re.compile(r"(?<=[\d})\]!%|a-z]) ?(\\text ?\{[^{}]*\}|(?<![a-z\\])(?<![a-z] )[a-zA-Z]+\.?)"
                   r"(?:\\text ?\{[^{}]*\}|[a-zA-Z]+\.?|/|\^ ?\{?-?\d\}?|\\cdot|\*| )*$")
 # words that say something about the number before them, and so are no unit
@@ -196,6 +194,10 @@ HEDGES = set(
     "root modulo mod plus minus times dozen".split())
 
 
+def singular(name: str) -> str:
+    return name.removesuffix("s") or name
+
+
 def split_unit(text: str) -> tuple[str, set]:
     r"""5 \text{ cm}^2 as "5" and {"cm", "^2"}. Raises Unreadable for a remark such as "or so"."""
     found = UNIT.search(text)
@@ -203,18 +205,17 @@ def split_unit(text: str) -> tuple[str, set]:
     if not re.search(r"[\d\\]", number):
         return text, set()
     names = re.findall(r"[a-z]+|\^\d", re.sub(r"\\text|[{}]| (?=\^)", "", found[0].casefold()))
-    names = [UNITS.get(name.removesuffix("s") or name, name) for name in names]
     if HEDGES.intersection(names) or re.search(r"\\text ?\{[^{}]*[(?\d]", found[0]):
         raise Unreadable
     first = found[1].rstrip(".")
     if len(first) == 1:  # in 15 + 55m it is a variable
         known = first in "mgslhLNJWVKCF" and PLAIN.fullmatch(number)
     else:
-        known = not first.isalpha() or names[0] in UNITS or len(first) > 3 and first not in COMMANDS
-    return (number, set(names)) if known else (text, set())
+        known = not first.isalpha() or singular(names[0]) in UNITS or len(first) > 3 and first not in COMMANDS
+    return (number, {UNITS.get(n, n) for n in map(singular, names)}) if known else (text, set())
 
 
-# ------------------------------------------------ values
+# ---- values
 # A number is a Fraction, or a list: mpmath's numbers at one point (a constant) or at every point (it
 # has variables), None where it has no real value. The rest are tuples of a tag and values: "list"
 # and "set"; "()", "[)" and so on for points and intervals; "matrix" and its "row"s; ":" for a ratio;
@@ -222,7 +223,7 @@ def split_unit(text: str) -> tuple[str, set]:
 
 
 class Unreadable(ValueError):
-    """What cannot be read equals only the same text."""
+    """It equals only the same text."""
 
 
 mp = MPContext()
@@ -239,22 +240,22 @@ def variable(name: str) -> list:
     return [mp.mpf(rng.uniform(low, high)) for low, high in POINTS]
 
 
-def is_exact(*numbers) -> bool:
+def is_exact(*numbers):
     return all(isinstance(number, Fraction) for number in numbers)
 
 
-def tag(value) -> str:
+def tag(value):
     return value[0] if isinstance(value, tuple) else ""
 
 
-def spend(work: int) -> None:
+def spend(work):
     global spent
     spent += work
     if spent > WORK:
         raise Unreadable
 
 
-def apply(function, cost: int, *numbers) -> list:
+def apply(function, cost, *numbers):
     """The function's value at every point where its arguments have one."""
     if any(map(tag, numbers)):
         raise Unreadable
@@ -265,7 +266,7 @@ def apply(function, cost: int, *numbers) -> list:
     return [None if any(x is None for x in row) else function(*row) for row in rows]
 
 
-def bounded(number: Fraction) -> Fraction:
+def bounded(number):
     if number.numerator.bit_length() + number.denominator.bit_length() > BITS:
         raise Unreadable
     return number
@@ -331,15 +332,14 @@ def factorial(n):
     return apply(lambda x: mp.gamma(x + 1) if 0 <= x.real < 50 else None, 60, n)
 
 
-# ------------------------------------------------ reader
+# ---- reader
 
 INF, NINF = [mp.inf], [-mp.inf]
 REALS = ("()", NINF, INF)
 FUNCTIONS = {name: getattr(mp, name.replace("arc", "a")) for name in (
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln log").split()}
 NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty".split())}
+    "zero one two three four five six seven eight nine ten eleven twelve".split())}
 CONSTANTS = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j], "infty": INF, "emptyset": ("set",),
              "reals": REALS, **NUMBER_WORDS}
 LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell", "hbar"} - {"pi"}
@@ -351,7 +351,7 @@ TOKEN = re.compile(rf" ?({REPEATING}|\d[0-9A-F]*_(?:\d+|\{{\d+\}})|{NUMERAL}"
                    r"|\\text ?\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+(?:_(?:\{[^{}]*\}|\w))?'*"
                    r"|\*\*|[<>!=]=|\\?[^ ])")
 ALIASES = {alias: token for row in r"""
-* \cdot \times \ast
+* \cdot \times
 / \div
 ^ **
 = == \equiv
@@ -361,7 +361,6 @@ ALIASES = {alias: token for row in r"""
 >= \ge \geq \geqslant \geqq
 != \ne \neq
 ∈ \in
-≈ \approx \approxeq \simeq
 , ; and or \vee \lor
 | \lvert \rvert \vert \|
 % \%
@@ -379,7 +378,7 @@ arctan atan \atan
 """.split("\n") for token, *aliases in [row.split() or [""]] for alias in aliases}
 MARKS = {r"\end", r"\cup", r"\setminus", r"\dots"}
 OPENING = {"(", "[", "{", r"\{"}
-RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "∈", "≈"}
+RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "∈"}
 
 LETTER = rf"(?:[a-zA-Z]|{'|'.join(sorted(LETTERS, key=len, reverse=True))})(?:_\{{?\w+\}}?)?'*"
 NAME = re.compile(  # of an answer, as in AB = 5 or f(x) = x^2; not xy, or xy = 5 would be 5
@@ -406,25 +405,22 @@ def split_tokens(text: str) -> list[str]:
     return tokens + [""] * 3
 
 
-def repeating(found: re.Match) -> Fraction:
-    """0.1\\overline{6}, 0.1(6) and 0.1666... are 1/6."""
-    fixed, block = found["fixed"], found["block"] or found["again"]
-    nines = 10 ** len(fixed) * (10 ** len(block) - 1)
-    return int(found["whole"] or 0) + Fraction(int(fixed + block) - int(fixed or 0), nines)
+def words(text):
+    return ("text", re.sub(r"^(?:an?|the) ", "", text.casefold()))
 
 
-def items_of(value) -> tuple:
+def items_of(value):
     return value[1:] if tag(value) in ("list", "set") else (value,)
 
 
-def sequence(opening: str, items: tuple, closing: str) -> tuple:
+def sequence(opening, items, closing):
     """A point or an interval; infinite ends are open, however they are written."""
     if len(items) > 2:
         return ("()", *items)
     return (("(" if items[0] == NINF else opening) + (")" if items[1] == INF else closing), *items)
 
 
-def without(space, points) -> tuple:
+def without(space, points):
     r"""\mathbb{R}\setminus\{2\} as the union of what lies between the points."""
     if space != REALS or tag(points) != "set":
         raise Unreadable
@@ -450,19 +446,19 @@ class Reader:
             raise Unreadable
 
     @property
-    def peek(self) -> str:
+    def peek(self):
         return self.tokens[self.i]
 
-    def next(self) -> str:
+    def next(self):
         self.i += self.peek != ""
         return self.tokens[self.i - 1]
 
-    def accept(self, token: str) -> bool:
+    def accept(self, token):
         found = self.peek == token
         self.i += found
         return found
 
-    def expect(self, token: str) -> None:
+    def expect(self, token):
         if not self.accept(token):
             raise Unreadable
 
@@ -482,10 +478,6 @@ class Reader:
             if self.peek not in RELATIONS:
                 break
             signs.append(self.next())
-        if signs[-1:] == ["≈"]:  # 2\sqrt2 \approx 2.83 is 2\sqrt2
-            signs.pop()
-            if not all(apply(lambda x, y: abs(x - y) < abs(y) / 20, 1, sides[-2], sides.pop())):
-                raise Unreadable
         if not signs or signs == ["∈"]:
             return sides[-1]
         return chain(sides, sources) if set(signs) == {"="} else inequality(sides, sources, signs)
@@ -507,7 +499,7 @@ class Reader:
             self.i += self.peek in BETWEEN
             value = operation(value, self.expression(level + (level < 3)))
 
-    def starts_factor(self) -> bool:
+    def starts_factor(self):
         token = self.peek  # a number does not: x5 or 5 5 could be anything
         return token[:1].isalpha() or token in OPENING or token == "|" and not self.bars
 
@@ -517,7 +509,7 @@ class Reader:
             return self.number(token)
         if token[:5] == r"\text":
             word = WRAPPER.sub(r"\1", token).strip().casefold()
-            return self.word(word) if len(word) == 1 else NUMBER_WORDS.get(word, ("text", word))
+            return self.word(word) if len(word) == 1 else NUMBER_WORDS.get(word, words(word))
         if token[:1].isalpha():
             return self.word(token)
         if token in OPENING:
@@ -532,11 +524,14 @@ class Reader:
             return ("text", token)
         raise Unreadable
 
-    def number(self, token: str):
+    def number(self, token):
         if "_" in token:  # a conversion to another base is not solved by not converting
             return ("text", re.sub("[{}]", "", token))
-        if found := re.fullmatch(REPEATING, token):
-            return repeating(found)
+        if found := re.fullmatch(REPEATING, token):  # 0.1\overline{6}, 0.1(6), 0.1666...
+            fixed, block = found["fixed"], found["block"] or found["again"]
+            part = int(fixed + block) - int(fixed or 0)
+            nines = 10 ** len(fixed) * (10 ** len(block) - 1)
+            return int(found["whole"] or 0) + Fraction(part, nines)
         if abs(int(token.lower().partition("e")[2] or 0)) > BITS // 4:
             raise Unreadable
         number = Fraction(token)
@@ -549,7 +544,7 @@ class Reader:
             return number + part
         return number
 
-    def word(self, word: str):
+    def word(self, word):
         """A constant, a function or a variable; a long word is text."""
         low = word.lower()
         if word in CONSTANTS or low in NUMBER_WORDS:
@@ -561,13 +556,11 @@ class Reader:
         name, _, index = low.partition("_")
         if name in FUNCTIONS or name == "sqrt":
             return self.function(name, index.strip("{}"))
-        if low in HEDGES:
-            raise Unreadable
         if word.isalpha() and len(word) > 1 and word not in LETTERS:
-            return ("text", low)
+            return words(word)
         return variable(re.sub("[{}]", "", word))
 
-    def function(self, name: str, base: str):
+    def function(self, name, base):
         if name == "sqrt":
             n = Fraction(2)
             if self.accept("["):
@@ -587,7 +580,7 @@ class Reader:
             value = divide(value, apply(mp.log, 10, Reader(base).value))
         return value if exponent is None else power(value, exponent)
 
-    def bracket(self, opening: str):
+    def bracket(self, opening):
         if self.accept(r"\}"):
             return ("set",)
         value = self.list()
@@ -617,7 +610,7 @@ class Reader:
         return ("matrix", *(("row", *row) for row in rows))
 
 
-def chain(sides: list, sources: list):
+def chain(sides, sources):
     """x = 10/2 = 5 is x = 5, and 10/2 = 5 is 5; sides that are not all the same are no answer."""
     names = list(itertools.takewhile(NAME.fullmatch, sources[:-1]))
     name = names[0] if names else ""
@@ -628,29 +621,29 @@ def chain(sides: list, sources: list):
     return ("=", "", sides[1], sides[0])
 
 
-def inequality(sides: list, sources: list, signs: list):
+def inequality(sides, sources, signs):
     """x > 3 and 1 < x <= 2 are intervals."""
     if signs[0][0] == ">":
         sides, sources = sides[::-1], sources[::-1]
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
-    if len(sides) == 2 and NAME.fullmatch(sources[0]):
-        sides, signs = [NINF, *sides], ["<", *signs]
-    elif len(sides) == 2 and NAME.fullmatch(sources[1]):
-        sides, signs = [*sides, INF], [*signs, "<"]
-    elif len(sides) != 3 or not NAME.fullmatch(sources[1]):
+    named = [NAME.fullmatch(source) is not None for source in sources]
+    at = 1 if len(sides) > 2 else named.index(True)
+    if not named[at] or len(sides) > 3:
         raise Unreadable
+    low, left = (sides[at - 1], signs[at - 1]) if at else (NINF, "<")
+    high, right = (sides[at + 1], signs[at]) if at + 1 < len(sides) else (INF, "<")
     ends = {"<": "()", "<=": "[]"}
-    return sequence(ends[signs[0]][0], (sides[0], sides[2]), ends[signs[1]][1])
+    return sequence(ends[left][0], (low, high), ends[right][1])
 
 
-# ------------------------------------------------ equality
+# ---- equality
 
 
-def close(x, y) -> bool:
+def close(x, y):
     return x == y or abs(x - y) < max(abs(x), abs(y)) * CLOSE
 
 
-def difference(equation: tuple):
+def difference(equation):
     return add(equation[3], negative(equation[2]))
 
 
@@ -658,7 +651,7 @@ def unnamed(value):
     return value[2] if tag(value) == "=" and value[1] else value
 
 
-def match(xs: tuple, ys: tuple) -> bool:
+def match(xs, ys):
     """Lists: in any order, unless an item is left out by dots or has a name of its own."""
     if len(xs) != len(ys):
         return False
@@ -676,7 +669,7 @@ def match(xs: tuple, ys: tuple) -> bool:
     return True
 
 
-def equal(a, b) -> bool:
+def equal(a, b):
     """Whether two values are the same."""
     spend(1)
     if (tag(a), tag(b)).count("=") == 1:
@@ -708,19 +701,15 @@ def equal(a, b) -> bool:
 
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+ ?/ ?\d+|\\frac ?\{-?\d+\} ?\{-?\d+\})")
-PERCENT_OR_DEGREE = re.compile(r"\\?%|\\degree")
 FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
 FINISHED = re.compile(  # a number that is worked out
     rf"(?:[({{\[]|\\\{{)*[-+]? ?[({{\[]*(?:(?:(?:{NUMERAL}) ?)?(?:{FRACTION})"
     rf"|(?:(?:{NUMERAL}) ?(?:\\times|\\cdot|\*) ?)?\(?10 ?(?:\^|\*\*) ?\{{?[-+]?\d+\}}?"
     rf"|{REPEATING}|{NUMERAL}|(?:\\text ?\{{)?[a-z ]+)(?:[)}}\]% ]|\\\}}|\\%|\\degree)*", re.I)
 CHOICE = re.compile(r"\(?([A-Ja-e])(?:[).:](?: +([^()]*))?)?")
-WORDS = re.compile(r"(?!.*\b(?:and|or)\b)[^\W\d_]+(?:[ -][^\W\d_]+)*")
+WORDS = re.compile(r"(?!.*\b(?:and|or)\b)(?:[aA] )?[^\W\d_]{2,}(?: [^\W\d_]+|(?<=\w{3})-\w{3,})*")
 PRODUCT = re.compile(  # letters, and no word
-    r"(?i)[abcdwxyz]+|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\Waeiou\d_]a|\w(?: \w)*")
-CLAUSE = re.compile(r",? ?(?:\\text ?\{)?[, ]*\b(?:for (?:any|all|every|each|some|an)|where|with)\b"
-                    r"|, ?(?=[a-z] ?\\in\b)")
-VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])")
+    r"(?i)[abcdwxyz]+|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\Waeiou\d_]a")
 
 
 @functools.lru_cache(maxsize=256)
@@ -730,7 +719,7 @@ def read(text: str):
     spent = 0
     known = text.lower() in COMMANDS or text in ALIASES or PRODUCT.fullmatch(text)
     if WORDS.fullmatch(text) and not known:
-        return None
+        return words(text)
     plus, minus = text.replace(r"\pm", "+"), text.replace(r"\pm", "-")
     try:
         value = Reader(plus.replace(r"\mp", "-")).value
@@ -743,7 +732,7 @@ def read(text: str):
 
 def is_finished(text: str) -> bool:
     """Of a number: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, and 26 as the last side of 18+8 = 26."""
-    found = FINISHED.fullmatch(re.split(r"=|\\approx", text)[-1].strip())
+    found = FINISHED.fullmatch(text.rpartition("=")[2].strip())
     parts = [int(part) for part in found.groups()[:4] if part] if found else []
     return bool(found) and (not parts or parts[1] > 1 and math.gcd(*parts) == 1)
 
@@ -756,9 +745,8 @@ def values_agree(given: str, gold: str) -> bool:
         (x, unit), (y, gold_unit) = map(split_unit, texts)
         if unit and gold_unit and unit != gold_unit or PLAIN.fullmatch(y) and not is_finished(x):
             continue
-        pairs = [(x, y)]
-        if bool(PERCENT_OR_DEGREE.search(x)) != bool(PERCENT_OR_DEGREE.search(y)):
-            pairs.append([PERCENT_OR_DEGREE.sub("", text) for text in (x, y)])
+        bare = [re.sub(r"\\?%|\\degree", "", text) for text in (x, y)]
+        pairs = [(x, y)] + [bare] * ((bare[0] == x) != (bare[1] == y))
         for pair in pairs:
             values = list(map(read, pair))
             spent = 0
@@ -767,26 +755,13 @@ def values_agree(given: str, gold: str) -> bool:
     return False
 
 
-def split_clause(text: str) -> tuple[str, str]:
-    r"""x + c \text{ for any real } c, which only says what c is, as two texts."""
-    if found := CLAUSE.search(text):
-        head, clause = text[:found.start()].strip(), text[found.end():]
-        if set(VARIABLE.findall(clause)) & set(head) and not re.search(r"[=<>\d]", clause):
-            return head, clause
-    return text, ""
-
-
 def same(given: str, gold: str) -> bool:
     """Whether two cleaned answers are the same."""
     if not all(re.search(r"\w|\\\{", text) for text in (given, gold)):
         return False
     if same_text(given, gold):
         return True
-    (given, clause), (gold, gold_clause) = split_clause(given), split_clause(gold)
-    if clause and gold_clause and not same_text(clause, gold_clause):
-        return False
-    words = [WRAPPER.sub(lambda found: found[1].strip(), text).strip() for text in (given, gold)]
-    choices = [CHOICE.fullmatch(text) for text in words]
+    choices = [CHOICE.fullmatch(WRAPPER.sub(r"\1", text).strip()) for text in (given, gold)]
     if all(choices):
         (letter, content), (gold_letter, gold_content) = (choice.groups() for choice in choices)
         return letter.upper() == gold_letter.upper() and not (content and gold_content)
@@ -823,10 +798,9 @@ def is_readable(answer: str) -> bool:
     try:
         with LOCK:
             text = clean(answer[:LONGEST + 1])
-            words = WRAPPER.sub(r"\1", text)
-            known = WORDS.fullmatch(words) and len(words.split()) < 5 or CHOICE.fullmatch(words)
-            known = known or read(split_unit(text)[0]) is not None
-            return bool(known) and len(answer) <= LONGEST and text.lower() not in ("nan", "null")
+            value = "" if text.lower() in ("nan", "null") else read(split_unit(text)[0])
+            short = value and (tag(value) != "text" or len(value[1].split()) < 5)
+            return len(answer) <= LONGEST and bool(short or CHOICE.fullmatch(text))
     except Exception:
         return False
 
