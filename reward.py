@@ -433,8 +433,9 @@ class Reader:
         return self.tokens[self.i]
 
     def next(self):
-        self.i += self.peek != ""
-        return self.tokens[self.i - 1]
+        token = self.peek
+        self.i += token != ""
+        return token
 
     def accept(self, token):
         found = self.peek == token
