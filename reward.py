@@ -178,8 +178,9 @@ UNITS = {unit: names.split()[0] for names in (
     "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "lb pound", "oz ounce", "mph",
     "s sec second", "min minute", "h hr hour", "yr year", "l liter litre", "am", "pm",
     "^2 square sq", "^3 cubic") for unit in names.split()}
-UNIT = re.compile(r"(?<=[\d})\]!%|a-z]) ?(\\text ?\{[^{}]*\}|(?<![a-z\\])(?<![a-z] )[a-zA-Z]+\.?)"
-                  r"(?:\\text ?\{[^{}]*\}|[a-zA-Z]+\.?|/|\^ ?\{?-?\d\}?|\\cdot|\*| )*$")
+WORD = r"\\text ?\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
+UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text ?\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
+                  rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
 # words that say something about the number before them, and so are no unit
 HEDGES = set(
     "is isnt not no if for some maybe perhaps possibly probably about approximately approx almost "
@@ -332,8 +333,8 @@ CONSTANTS = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j], "infty": INF, "emptyset"
              "reals": REALS, **NUMBER_WORDS}
 LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell", "hbar"} - {"pi"}
 COMMANDS = LETTERS | FUNCTIONS.keys() | CONSTANTS.keys() | {"sqrt", "root", "frac", "begin"}
-REPEATING = (r"(\d*)\.(\d*?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(\d+)[})]?"
-             r"|(?P<again>\d+?)(?P=again)+ ?\\dots)")
+REPEATING = (r"(\d*)\.(\d{0,20}?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(\d+)[})]?"
+             r"|(?P<again>\d{1,20}?)(?P=again)+ ?\\dots)")
 NUMERAL = r"\d+(?:\.\d+|\.(?![.\d]))?(?:[eE][+-]?\d+(?![\d.]))?|\.\d+"
 TOKEN = re.compile(rf" ?({REPEATING}|\d[0-9A-F]*_(?:\d+|\{{\d+\}})|{NUMERAL}"
                    r"|\\text ?\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+(?:_(?:\{[^{}]*\}|\w))?'*"
@@ -666,7 +667,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
 PLAIN = re.compile(rf"[-+]?(?:\d+\.?\d*|\.\d+|{FRACTION})")
 FINISHED = re.compile(  # a number that is worked out
-    rf"(?:[({{\[]|\\\{{)*[-+]? ?[({{\[]*(?:(?:\d+\\mixed)?(?:{FRACTION})"
+    rf"(?:[({{\[]|\\\{{)*[-+]? ?[({{\[]{{0,9}}(?:(?:\d+\\mixed)?(?:{FRACTION})"
     rf"|(?:(?:{NUMERAL}) ?(?:\\times|\\cdot|\*) ?)?\(?10 ?(?:\^|\*\*) ?\{{?[-+]?\d+\}}?"
     rf"|{REPEATING}|{NUMERAL}|(?:\\text ?\{{)?[a-z ]+)(?:[)}}\]% ]|\\\}}|\\%|\\degree)*", re.I)
 CHOICE = re.compile(r"\(?([A-Ja-e])(?:[).:](?: +([^()]*))?)?")
