@@ -29,9 +29,9 @@ from mpmath.ctx_mp import MPContext
 LONGEST = 600  # characters of an answer; a longer one must be the gold text itself
 TAIL = 100_000  # characters of a response that are looked at
 LAST_LINES = 5  # of a response, in which an answer without a box is looked for
-TOKENS = 200  # of an answer, which bounds its nesting as well
+TOKENS = 200  # of an answer, so that nesting is bounded too
 BITS = 20_000  # of an exact number
-WORK = 6000  # of one reading, in units of about 1.5 us: an addition at one point
+WORK = 6000  # of one reading, in units of about 1.5 us
 
 # ---- extraction
 
@@ -43,7 +43,7 @@ BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*"
                  r"(?:\{|([-+]?\d+(?:[.,/]\d+)*|(?!a |I )[a-zA-Z](?![a-zA-Z])))")  # \boxed 5
 NOTHING = re.compile(r"(?:[\s$~{}.]|\\[,;:!> ]|\\(?:[lc]?dots|q?quad|text)(?![a-zA-Z]))*")
 HEADING = re.compile(r"^[#*_ ]*(?:the )?(?:final )?answer[*_: ]*\n", re.I | re.M)
-HASHES = re.compile(r"^#### *(?!(?:Step|Solution|Conclusion|Final)\b)(.+)", re.M)
+HASHES = re.compile(r"^#### *(?!Step|Solution|Conclusion)(.+)", re.M)
 ANSWER_IS = re.compile(
     r"\b(?:answer|result)(?: (?:to|for) [\w ]{1,40}?)?\**\s*(?:is\b|=|:)"
     r"(?![*:\s]*(?:correct|right|clear|unclear|helpful))[*:\s]*(not\b|n't|wrong|here\b|below\b)?",
@@ -62,7 +62,7 @@ def braced(text: str, start: int) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """The last well-formed box that is not empty; one inside another belongs to the outer one."""
+    """The last well-formed box that is not empty; a box in a box belongs to the outer one."""
     answer, end = None, -1
     for box in list(BOX.finditer(text))[-16:]:
         content = box[1] or braced(text, box.end())
@@ -109,7 +109,7 @@ def extract_answer(response: str) -> str | None:
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma "
          "tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
 NAMED = (r"∞ \infty ≤ \le ≥ \ge ≠ \ne ≈ \approx ± \pm ∓ \mp ∪ \cup ∈ \in ∅ \emptyset ° \degree "
-         r"√ \sqrt ∛ \root{3} ℝ \reals … \dots € \$ ¢ \text{cents}").split()
+         r"√ \sqrt ∛ \root{3} ℝ \reals … \dots € \$").split()
 SIGNS = str.maketrans(
     {sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK)}
     | {sign: name + " " for sign, name in zip(NAMED[::2], NAMED[1::2])}
@@ -119,7 +119,7 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 SCALE = re.compile(rf"(?<=\d) ?(\\text ?\{{)? ?({'|'.join(SCALES)})\b")
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:text(?!color)\w+|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
-    (r"\\(?:math(?:bf|it|sf|cal)) ?\{([^{}]*)\}", r"\1"),
+    (r"\\math(?:bf|it|sf|cal) ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|(?:display|text)style"
      r"|hline|vec|hat|bold|boldsymbol|triangle|angle)(?![a-zA-Z])|(?<=[{(\[]) | (?=[})\]])|\\! ?"
      r"|\\(?:text)?color ?(?:\{[^{}]*\}|[a-z]+)|\\[hv]?(?:phantom|space) ?\{[^{}]*\}", ""),
@@ -131,8 +131,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\frac ?(\d)", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
     (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"(?<![\d.^_])(\d+) ?(?=\\frac ?\{\d+\} ?\{\d+\})", r"\1\\mixed"),
-    (r"\\log ?_(\d)", r"\\log_{\1}"),
-    (r"\\mathbb ?\{?R\}?", r"\\reals "),
+    (r"\\log ?_(\d)", r"\\log_{\1}"), (r"\\mathbb ?\{?R\}?", r"\\reals "),
     (r"(?<=[\])}]) ?[uU] ?(?=[\[({\\])", r"\\cup "),
     (r"\^ ?(?:\\circ(?![a-zA-Z])|\{\\circ\})|(?<=\d) ?(?:\\text ?\{)?deg(?:rees?)?\b\}?",
      r"\\degree "), (r"(?<=\d) ?(?:\\text ?\{)?(?:percent|pct)\b\}?", r"\\%"),
@@ -164,7 +163,7 @@ def to_ascii(text: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def clean(text: str) -> str:
     """The answer without what carries no meaning: dollar signs, spacing, \\left, full stop."""
-    text = re.sub(r"\s+", " ", text if text.isascii() else to_ascii(text)).strip()
+    text = " ".join((text if text.isascii() else to_ascii(text)).split())
     while box := re.fullmatch(r"[$ ]*\\f?box(?:ed)? ?\{(.*)\}[$ ]*", text):
         text = box[1].strip()
     for pattern, new in CLEAN:
@@ -174,19 +173,19 @@ def clean(text: str) -> str:
 
 
 UNITS = {unit: names.split()[0] for names in (
-    "cm centimeter", "mm millimeter", "km kilometer", "m meter metre", "mg", "ft foot feet", "ml",
-    "in inch inche", "yd yard", "mi mile", "kg kilogram", "g gram", "lb pound", "oz ounce", "mph",
+    "cm centimeter", "mm millimeter", "km kilometer", "m meter metre", "ft foot feet", "ml", "mph",
+    "in inch inche", "mi mile", "kg kilogram", "g gram", "lb pound", "oz",
     "s sec second", "min minute", "h hr hour", "yr year", "l liter litre", "am", "pm",
     "^2 square sq", "^3 cubic") for unit in names.split()}
 WORD = r"\\text ?\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text ?\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
                   rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
-# words that say something about the number before them, and so are no unit
+# words about the number before them, which are no unit
 HEDGES = set(
     "is isnt not no if for some maybe perhaps possibly probably about approximately approx almost "
     "around roughly nearly at least most more less than when where unless wrong incorrect false "
     "but except over under to from between any other else something guess think likely unsure "
-    "solution root modulo mod plus minus times dozen".split())
+    "solution modulo mod plus minus times dozen".split())
 
 
 def split_unit(text: str) -> tuple[str, set]:
@@ -219,7 +218,7 @@ mp = MPContext()
 mp.prec = 600
 CLOSE, NOISE, APART = (mp.mpf(2) ** -bits for bits in (300, 400, 200))
 POINTS = ((0.95, 1.05), (0.1, 0.9), (-0.9, -0.1), (1.1, 3), (-3, 3), (10, 40), (-40, -10))
-LOCK = threading.Lock()  # mpmath's caches of constants and the count of work are everyone's
+LOCK = threading.Lock()  # for mpmath's caches and the count of work
 spent = 0  # work of the reading in progress
 
 
@@ -284,9 +283,8 @@ def negative(a):
 
 def positive(a):
     """Roots and logarithms of what has variables are taken only where they are real."""
-    if isinstance(a, list) and len(a) > 1:
-        return [x if x is None or x.imag or x.real >= 0 else None for x in a]
-    return a
+    many = isinstance(a, list) and len(a) > 1
+    return [x if x is None or x.imag or x.real >= 0 else None for x in a] if many else a
 
 
 def power(a, b):
@@ -326,12 +324,12 @@ def factorial(n):
 INF, NINF = [mp.inf], [-mp.inf]
 REALS = ("()", NINF, INF)
 FUNCTIONS = {name: getattr(mp, name.replace("arc", "a")) for name in (
-    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln log").split()}
+    "sin cos tan cot sec csc arcsin arccos arctan exp ln log").split()}
 NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
 CONSTANTS = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j], "infty": INF, "emptyset": ("set",),
              "reals": REALS, **NUMBER_WORDS}
-LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell", "hbar"} - {"pi"}
+LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell"} - {"pi"}
 COMMANDS = LETTERS | FUNCTIONS.keys() | CONSTANTS.keys() | {"sqrt", "root", "frac", "begin"}
 REPEATING = (r"(\d*)\.(\d{0,20}?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(\d+)[})]?"
              r"|(?P<again>\d{1,20}?)(?P=again)+ ?\\dots)")
@@ -348,7 +346,6 @@ ALIASES = {alias: token for row in r"""
 > \gt
 <= \le \leq \leqslant \leqq
 >= \ge \geq \geqslant \geqq
-!= \ne \neq
 ∈ \in
 , ; and or \vee \lor
 | \lvert \rvert \vert \|
@@ -363,7 +360,7 @@ infty \infinity infinity inf
 emptyset \varnothing
 """.split("\n") for token, *aliases in [row.split() or [""]] for alias in aliases}
 OPENING = {"(", "[", "{", r"\{"}
-RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "∈"}
+RELATIONS = {"=", "<", ">", "<=", ">=", "∈"}
 
 LETTER = rf"(?:[a-zA-Z]|{'|'.join(sorted(LETTERS, key=len, reverse=True))})(?:_\{{?\w+\}}?)?'*"
 NAME = re.compile(  # of an answer, as in AB = 5 or f(x) = x^2; not xy, or xy = 5 would be 5
@@ -595,7 +592,7 @@ def inequality(sides, sources, signs):
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
     named = [bool(NAME.fullmatch(source)) for source in sources]
     at = 1 if len(sides) > 2 else named.index(True)
-    if not named[at] or len(sides) > 3:
+    if not named[at]:
         raise Unreadable
     low, left = (sides[at - 1], signs[at - 1]) if at else (NINF, "<")
     high, right = (sides[at + 1], signs[at]) if at + 1 < len(sides) else (INF, "<")
@@ -695,14 +692,14 @@ def read(text: str):
 
 
 def is_finished(text: str) -> bool:
-    """Of a number: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, and 26 as the last side of 18+8 = 26."""
+    """Of a number: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, or 26 behind 18+8 =."""
     found = FINISHED.fullmatch(text.rpartition("=")[2].strip())
     parts = [int(part) for part in found.groups()[:4] if part] if found else []
     return bool(found) and (not parts or parts[1] > 1 and math.gcd(*parts) == 1)
 
 
 def values_agree(given: str, gold: str) -> bool:
-    """With commas between thousands or between items; with and without %, where one side has it."""
+    """With commas between thousands or items; with and without %, where one side has it."""
     global spent
     joined = [THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
               for text in (given, gold)]
@@ -755,9 +752,9 @@ def is_equal(given: str, gold: str) -> bool:
 
 
 def is_readable(answer: str) -> bool:
-    """Whether an answer can be compared as more than text: mathematics, a choice or a few words.
+    """Whether an answer can be read: as mathematics, a choice or a few words. Never raises.
 
-    Never raises. A trainer may warn where most gold answers are not readable.
+    A trainer may warn where most gold answers cannot.
     """
     try:
         with LOCK:
