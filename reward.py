@@ -12,7 +12,7 @@ r"""Is a response's final answer the gold answer? A small and safe checker for m
 5. Where the gold answer is a plain number, work left undone (18+8 for 26) is no answer.
 
 Nothing that a model wrote is executed, and all work is bounded: characters, tokens, digits,
-exponents, operations. What cannot be read equals only the same text.
+exponents, operations.
 """
 
 import functools
@@ -52,7 +52,7 @@ SENTENCE_END = re.compile(r"(?<=[^\d\s])[.!]\s|(?<=\d)[.!]\s+(?=[A-Z])|,? (?:sin
 
 
 def braced(text: str, start: int) -> str | None:
-    """What the group that opens just before start holds; None if it does not close soon."""
+    """What the group that opens before start holds; None if it does not close soon."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text[start:start + 10 * LONGEST], re.S):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -175,14 +175,14 @@ def clean(text: str) -> str:
 UNITS = {unit: names.split()[0] for names in (
     "cm centimeter", "mm millimeter", "km kilometer", "m meter metre", "ft foot feet", "ml", "mph",
     "in inch inche", "mi mile", "kg kilogram", "g gram", "lb pound", "oz",
-    "s sec second", "min minute", "h hr hour", "yr year", "l liter litre", "am", "pm",
+    "s sec second", "min minute", "h hr hour", "l liter litre", "am", "pm",
     "^2 square sq", "^3 cubic") for unit in names.split()}
 WORD = r"\\text ?\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text ?\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
                   rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
 # words about the number before them, which are no unit
 HEDGES = set(
-    "is isnt not no if for some maybe perhaps possibly probably about approximately approx almost "
+    "is not no if for some maybe perhaps possibly probably about approximately approx almost "
     "around roughly nearly at least most more less than when where unless wrong incorrect false "
     "but except over under to from between any other else something guess think likely unsure "
     "solution modulo mod plus minus times dozen".split())
@@ -213,7 +213,7 @@ def split_unit(text: str) -> tuple[str, set]:
 # "set", "()", "[)" and so on for points and intervals, "matrix" and its "row"s, ":" for a ratio;
 # ("text", words); ("=", name, right side, left side).
 
-Unreadable = ValueError  # what cannot be read equals only the same text
+Unreadable = ValueError
 mp = MPContext()
 mp.prec = 600
 CLOSE, NOISE, APART = (mp.mpf(2) ** -bits for bits in (300, 400, 200))
@@ -418,7 +418,7 @@ BETWEEN = {
 
 
 class Reader:
-    """Reads one answer by recursive descent, from lists down to letters; its value is `value`."""
+    """Recursive descent over one answer, from lists down to letters; `value` is its value."""
 
     def __init__(self, text: str):
         self.tokens, self.i, self.bars = split_tokens(text), 0, 0
