@@ -145,9 +145,8 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
     (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
     (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
-    (r"^(?=.*(?:for|where|with|\\in)\b)(.*([a-zA-Z]).*?)(?:,? ?(?:\\text ?\{)?[, ]*\b(?:where|with|"
-     r"for (?:any|all|every|each|some|an))\b|, ?(?=[a-zA-Z] ?\\in\b))"
-     r"(?=.*(?<![a-zA-Z\\])\2(?![a-zA-Z]))[^=<>\d]*$", r"\1"),  # x + c \text{ for any real } c
+    (r"(?:,? ?(?:\\text ?\{)?[, ]*\b(?:where|with|for (?:any|all|every|each|some|an))\b"
+     r"|, ?(?=[a-zA-Z] ?\\in\b))(?=.*(?<![a-zA-Z\\])[b-zA-Z](?![a-zA-Z]))[^=<>\d]*$", ""),
     (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)|(?<=\S) ?\\approx ?-?\d*\.\d+$", ""), (r" +", " "))]
 
 
