@@ -145,7 +145,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
     (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
     (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
-    (r"(?:,? ?(?:\\text ?\{)?[, ]*\b(?:where|with|for (?:any|all|every|each|some|an))\b"
+    (r"(?:,? ?(?:\\text ?\{)?[, ]{0,3}\b(?:where|with|for (?:any|all|every|each|some|an))\b"
      r"|, ?(?=[a-zA-Z] ?\\in\b))(?=.*(?<![a-zA-Z\\])[b-zA-Z](?![a-zA-Z]))[^=<>\d]*$", ""),
     (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)|(?<=\S) ?\\approx ?-?\d*\.\d+$", ""), (r" +", " "))]
 
