@@ -127,7 +127,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "), (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
     (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
     (r"(?<!\\)\\[, $]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\sqrt ?\[([^][]*)\]", r"\\root{\1}"),
+    (r"([_^]) ?\{(\w)\}(?!\w)", r"\1\2"), (r"\\sqrt ?\[([^][]*)\]", r"\\root{\1}"),
     (r"\\frac ?(\d)", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
     (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"(?<![\d.^_])(\d+) ?(?=\\frac ?\{\d+\} ?\{\d+\})", r"\1\\mixed"),
@@ -385,7 +385,7 @@ def split_tokens(text: str) -> list[str]:
 
 
 def words(text):
-    return ("text", re.sub(r"^(?:an?|the) ", "", text.casefold()))
+    return ("text", re.sub(r"^(?:an?|the) |\.$", "", text.casefold()))
 
 
 def items_of(value):
@@ -640,8 +640,8 @@ def equal(a, b):
         same = [at for at in apply(close, 1, a, b) if at is not None]
         return bool(same) and all(same)
     if sorted(tags) == ["()", "list"]:  # x = 1, y = 2 is the point (1, 2)
-        named = {tag(x) for x in max(a, b, key=tag)[1:]} == {"="}
-        return named and match(a[1:], b[1:])
+        names = {x[1] for x in max(a, b, key=tag)[1:] if tag(x) == "="}
+        return len(names) == len(a) - 1 and match(a[1:], b[1:])
     if "set" in tags:
         xs, ys = items_of(a), items_of(b)
         return all(any(equal(x, y) for y in ys) for x in xs) and all(
@@ -661,7 +661,7 @@ def equal(a, b):
 
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
-PLAIN = re.compile(rf"[-+]?(?:\d+\.?\d*|\.\d+|{FRACTION})")
+PLAIN = re.compile(rf"[({{]*[-+]?(?:\d+\.?\d*|\.\d+|{FRACTION})[)}}]*")
 FINISHED = re.compile(  # a number that is worked out
     rf"(?:[({{\[]|\\\{{)*[-+]? ?[({{\[]{{0,9}}(?:(?:\d+\\mixed)?(?:{FRACTION})"
     rf"|(?:(?:{NUMERAL}) ?(?:\\times|\\cdot|\*) ?)?\(?10 ?(?:\^|\*\*) ?\{{?[-+]?\d+\}}?"
