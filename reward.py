@@ -28,7 +28,7 @@ from mpmath.ctx_mp import MPContext
 
 LONGEST = 600  # characters of an answer; a longer one must be the gold text itself
 TAIL = 100_000  # characters of a response that are looked at
-LAST_LINES = 5  # of a response, in which an answer without a box is looked for
+LAST_LINES = 5  # of a response, where an answer without a box may be
 TOKENS = 200  # of an answer, so that nesting is bounded too
 BITS = 20_000  # of an exact number
 WORK = 6000  # of one reading, in units of about 1.5 us
@@ -36,19 +36,20 @@ WORK = 6000  # of one reading, in units of about 1.5 us
 # ---- extraction
 
 END_OF_TURN = re.compile(
-    r"<\|(?:im_end|eot_id|endoftext|end_of_text)\|>|</s>|<｜end▁of▁sentence｜>")
-THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.I)
+    r"<\|(?:im_end|eot_id|endoftext)\|>|</s>|<｜end▁of▁sentence｜>")
+THOUGHT = re.compile(r"<(/?)think>", re.I)
 TAG = re.compile(r"</?answer>", re.I)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*"
                  r"(?:\{|([-+]?\d+(?:[.,/]\d+)*|(?!a |I )[a-zA-Z](?![a-zA-Z])))")  # \boxed 5
 NOTHING = re.compile(r"(?:[\s$~{}.]|\\[,;:!> ]|\\(?:[lc]?dots|q?quad|text)(?![a-zA-Z]))*")
 HEADING = re.compile(r"^[#*_ ]*(?:the )?(?:final )?answer[*_: ]*\n", re.I | re.M)
-HASHES = re.compile(r"^#### *(?!Step|Solution|Conclusion)(.+)", re.M)
+HASHES = re.compile(r"^#### *(?!Step|Solution)(.+)", re.M)
 ANSWER_IS = re.compile(
     r"\b(?:answer|result)(?: (?:to|for) [\w ]{1,40}?)?\**\s*(?:is\b|=|:)"
     r"(?![*:\s]*(?:correct|right|clear|unclear|helpful))[*:\s]*(not\b|n't|wrong|here\b|below\b)?",
     re.I)
-SENTENCE_END = re.compile(r"(?<=[^\d\s])[.!]\s|(?<=\d)[.!]\s+(?=[A-Z])|,? (?:since|because)\b|\n")
+SENTENCE_END = re.compile(
+    r"(?<=[^\d\s])[.!]\s|(?<=\d)[.!](?:\s+(?=[A-Z])|$)|,? (?:since|because)\b|\n")
 
 
 def braced(text: str, start: int) -> str | None:
@@ -81,7 +82,7 @@ def last_phrase(text: str) -> str | None:
     if not phrases or phrases[-1][1]:  # "the answer is not 5"
         return None
     sentence = SENTENCE_END.split(text[phrases[-1].end():], maxsplit=1)[0]
-    return sentence.strip("* ").removesuffix(".").strip("* ") or None
+    return sentence.strip("*_ ").removesuffix(".").strip("*_ ") or None
 
 
 def extract_answer(response: str) -> str | None:
@@ -137,7 +138,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
      r"\\degree "), (r"(?<=\d) ?(?:\\text ?\{)?(?:percent|pct)\b\}?", r"\\%"),
     (r"\\degree *(?:\\text ?\{)?([CF])\b\}?", r"\\text{\1}"),
     (r"\\(begin|end) ?(?:\{array\}(?: ?\{[^{}]*\})?|\{?(?:[pbB]|small)?matrix\}?)", r"\\\1 "),
-    (r"\\[lc]?dots[cbmio]?(?![a-zA-Z])|\.\.\.", r"\\dots "),
+    (r"\\[lc]?dots(?![a-zA-Z])|\.\.\.", r"\\dots "),
     (r"\\[pb]?mod ?(?:\{(\w+)\}|(\w))", r"\\mod \1\2"),
     (r"\\text ?\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*|[eij])\}", r" \1 "),
     (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
@@ -147,11 +148,12 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
     (r"(?:,? ?(?:\\text ?\{)?[, ]{0,3}\b(?:where|with|for (?:any|all|every|each|some|an))\b"
      r"|, ?(?=[a-zA-Z] ?\\in\b))(?=.*(?<![a-zA-Z\\])[b-zA-Z](?![a-zA-Z]))[^=<>\d]*$", ""),
-    (r"^(?:[a-zA-Z] ?)?\\approx ?(?=-?\d*\.\d)|(?<=\S) ?\\approx ?-?\d*\.\d+$", ""), (r" +", " "))]
+    (r"^(?:[a-df-hj-z] ?)?\\approx ?(?=-?\d*\.\d)|(?<=\S) ?\\approx ?-?\d*\.\d+$", ""),
+    (r" +", " "))]
 
 
 def to_ascii(text: str) -> str:
-    """Unicode digits, signs, letters, fractions as ASCII or LaTeX; invisible characters dropped."""
+    """Unicode as ASCII or LaTeX; invisible characters dropped."""
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
     text = re.sub("(?<=\\d)(?=[¼½¾⅐-⅞])", " ", text.translate(SIGNS))
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
@@ -172,9 +174,9 @@ def clean(text: str) -> str:
 
 
 UNITS = {unit: names.split()[0] for names in (
-    "cm centimeter", "mm millimeter", "km kilometer", "m meter metre", "ft foot feet", "ml", "mph",
+    "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "ml", "mph",
     "in inch inche", "mi mile", "kg kilogram", "g gram", "lb pound", "oz",
-    "s sec second", "min minute", "h hr hour", "l liter litre", "am", "pm",
+    "s sec second", "min minute", "h hr hour", "l liter", "am", "pm",
     "^2 square sq", "^3 cubic") for unit in names.split()}
 WORD = r"\\text ?\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text ?\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
@@ -216,15 +218,16 @@ Unreadable = ValueError
 mp = MPContext()
 mp.prec = 600
 CLOSE, NOISE, APART = (mp.mpf(2) ** -bits for bits in (300, 400, 200))
-POINTS = ((0.95, 1.05), (0.1, 0.9), (-0.9, -0.1), (1.1, 3), (-3, 3), (10, 40), (-40, -10))
+POINTS = ((0.95, 1.05), (0.1, 0.9), (10, 40), (-0.9, -0.1), (-40, -10))
 LOCK = threading.Lock()  # for mpmath's caches and the count of work
 spent = 0  # work of the reading in progress
 
 
 @functools.lru_cache(maxsize=1024)
 def variable(name: str) -> list:
-    rng = random.Random(name)
-    return [mp.mpf(rng.uniform(low, high)) for low, high in POINTS]
+    rng, code = random.Random(name), sum(map(ord, name))
+    mixed = [rng.uniform(1.1, 3) * (-1) ** (code >> bit) for bit in range(4)]  # x and y differ
+    return [mp.mpf(x) for x in [rng.uniform(*ends) for ends in POINTS] + mixed]
 
 
 def is_exact(*numbers):
@@ -346,7 +349,7 @@ ALIASES = {alias: token for row in r"""
 <= \le \leq \leqslant \leqq
 >= \ge \geq \geqslant \geqq
 ∈ \in
-, ; and or \vee \lor
+, ; and or
 | \lvert \rvert \vert \|
 % \%
 ° \degree
@@ -393,7 +396,7 @@ def items_of(value):
 
 
 def sequence(opening, items, closing):
-    """A point or an interval; infinite ends are open, however they are written."""
+    """A point or an interval, whose infinite ends are open."""
     if len(items) > 2:
         return ("()", *items)
     return (("(" if items[0] == NINF else opening) + (")" if items[1] == INF else closing), *items)
@@ -574,7 +577,7 @@ class Reader:
 
 
 def chain(sides, sources):
-    """x = 10/2 = 5 is x = 5, and 10/2 = 5 is 5; sides that are not all the same are no answer."""
+    """x = 10/2 = 5 is x = 5, and 10/2 = 5 is 5; sides that differ are no answer."""
     names = list(itertools.takewhile(NAME.fullmatch, sources[:-1]))
     name = names[0] if names else ""
     if all(equal(sides[-1], side) for side in sides[len(names):-1]):
