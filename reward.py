@@ -217,9 +217,9 @@ def split_unit(text: str) -> tuple[str, set]:
 Unreadable = ValueError
 mp = MPContext()
 mp.prec = 600
-CLOSE, NOISE, APART = (mp.mpf(2) ** -bits for bits in (300, 400, 200))
-POINTS = ((0.95, 1.05), (0.1, 0.9), (10, 40), (-0.9, -0.1), (-40, -10))
-LOCK = threading.Lock()  # for mpmath's caches and the count of work
+CLOSE, NOISE, APART = mp.mpf(2) ** -300, 400, 200
+POINTS = ((0.95, 0.99), (10, 40), (-0.9, -0.1), (-40, -10))
+LOCK = threading.Lock()  # for mpmath's caches and for `spent`
 spent = 0  # work of the reading in progress
 
 
@@ -263,10 +263,10 @@ def bounded(number):
 
 
 def total(x, y):
-    small, large = sorted((abs(x), abs(y)))
-    if small and small < large * APART:
+    result, sizes = x + y, sorted((mp.mag(x), mp.mag(y)))
+    if x and y and sizes[1] - sizes[0] > APART:
         return None  # the small one would be lost
-    return mp.zero if abs(x + y) < large * NOISE else x + y
+    return mp.zero if mp.mag(result) < sizes[1] - NOISE else result
 
 
 def add(a, b):
@@ -291,10 +291,11 @@ def positive(a):
 
 def power(a, b):
     if is_exact(b) and b.denominator == 1:
-        if is_exact(a) and abs(b) * (a.numerator * a.denominator).bit_length() <= BITS:
-            return a ** int(b)
-        if abs(b) < 10**6:
-            return apply(lambda x: x ** int(b), 3, a)
+        n = int(b)
+        if is_exact(a) and abs(n) * (a.numerator * a.denominator).bit_length() <= BITS:
+            return a ** n
+        if abs(n) < 10**6:
+            return apply(lambda x: x ** n, 3, a)
     return apply(raised, 25, positive(a), b)
 
 
@@ -318,7 +319,7 @@ def root(n, a):
 def factorial(n):
     if is_exact(n) and n.denominator == 1 and 0 <= n <= 2500:
         return bounded(Fraction(math.factorial(int(n))))
-    return apply(lambda x: mp.gamma(x + 1) if 0 <= x.real < 50 else None, 60, n)
+    return apply(lambda x: mp.gamma(x + 1) if abs(x) < 50 else None, 60, n)
 
 
 # ---- reader
@@ -703,9 +704,9 @@ def is_finished(text: str) -> bool:
 def values_agree(given: str, gold: str) -> bool:
     """With commas between thousands or items; with and without %, where one side has it."""
     global spent
-    joined = [THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
-              for text in (given, gold)]
-    for texts in (joined, [given, gold]):
+    joined = tuple(THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+                   for text in (given, gold))
+    for texts in {joined: 0, (given, gold): 0}:
         (x, unit), (y, gold_unit) = map(split_unit, texts)
         if unit and gold_unit and unit != gold_unit or PLAIN.fullmatch(y) and not is_finished(x):
             continue
