@@ -121,8 +121,8 @@ SCALE = re.compile(rf"(?<=\d) ?(\\text ?\{{)? ?({'|'.join(SCALES)})\b")
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:text(?!color)\w+|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
     (r"\\math(?:bf|it|sf|cal) ?\{([^{}]*)\}", r"\1"),
-    (r"\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|(?:display|text)style"
-     r"|hline|vec|hat|bold|boldsymbol|triangle|angle)(?![a-zA-Z])|(?<=[{(\[]) | (?=[})\]])|\\! ?"
+    (r"(?<=[{(\[]) | (?=[})\]])|\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|"
+     r"(?:display|text)style|hline|vec|hat|bold|boldsymbol|triangle|angle)(?![a-zA-Z])|\\! ?"
      r"|\\(?:text)?color ?(?:\{[^{}]*\}|[a-z]+)|\\[hv]?(?:phantom|space) ?\{[^{}]*\}", ""),
     (r"\\text ?\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
     (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "), (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
@@ -138,7 +138,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
      r"\\degree "), (r"(?<=\d) ?(?:\\text ?\{)?(?:percent|pct)\b\}?", r"\\%"),
     (r"\\degree *(?:\\text ?\{)?([CF])\b\}?", r"\\text{\1}"),
     (r"\\(begin|end) ?(?:\{array\}(?: ?\{[^{}]*\})?|\{?(?:[pbB]|small)?matrix\}?)", r"\\\1 "),
-    (r"\\[lc]?dots(?![a-zA-Z])|\.\.\.", r"\\dots "),
+    (r"\.\.\.|\\[lc]?dots(?![a-zA-Z])", r"\\dots "),
     (r"\\[pb]?mod ?(?:\{(\w+)\}|(\w))", r"\\mod \1\2"),
     (r"\\text ?\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*|[eij])\}", r" \1 "),
     (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
@@ -168,7 +168,8 @@ def clean(text: str) -> str:
     while box := re.fullmatch(r"[$ ]*\\f?box(?:ed)? ?\{(.*)\}[$ ]*", text):
         text = box[1].strip()
     for pattern, new in CLEAN:
-        text = pattern.sub(new, text)
+        if "\\" in text or pattern.pattern[:2] != r"\\":
+            text = pattern.sub(new, text)
     text = SCALE.sub(lambda scale: f"e{SCALES[scale[2]]} {scale[1] or ''}", text)
     return text.replace(r"\text{}", "").strip()
 
@@ -265,7 +266,7 @@ def bounded(number):
 def total(x, y):
     result, sizes = x + y, sorted((mp.mag(x), mp.mag(y)))
     if x and y and sizes[1] - sizes[0] > APART:
-        return None  # the small one would be lost
+        return None  # the small one is lost
     return mp.zero if mp.mag(result) < sizes[1] - NOISE else result
 
 
@@ -332,7 +333,7 @@ NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
 CONSTANTS = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j], "infty": INF, "emptyset": ("set",),
              "reals": REALS, **NUMBER_WORDS}
-LETTERS = {*GREEK, "varepsilon", "vartheta", "varphi", "ell"} - {"pi"}
+LETTERS = {*GREEK, "varepsilon", "varphi", "ell"} - {"pi"}
 COMMANDS = LETTERS | FUNCTIONS.keys() | CONSTANTS.keys() | {"sqrt", "root", "frac", "begin"}
 REPEATING = (r"(\d*)\.(\d{0,20}?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(\d+)[})]?"
              r"|(?P<again>\d{1,20}?)(?P=again)+ ?\\dots)")
@@ -572,7 +573,7 @@ class Reader:
             elif not self.accept("&"):
                 rows[-1].append(self.relation())
         rows = [row for row in rows if row]
-        if len(rows[0]) == 1:  # a vector may be written as a point
+        if len(rows[0]) == 1:  # a vector is a point
             return ("()", *(row[0] for row in rows))
         return ("matrix", *(("row", *row) for row in rows))
 
@@ -745,7 +746,7 @@ def is_equal(given: str, gold: str) -> bool:
         return not NOTHING.fullmatch(gold)
     if len(given) > LONGEST or len(gold) > LONGEST:
         return False
-    if given.isdecimal() and gold.isdecimal():  # as most answers are
+    if given.isdecimal() and gold.isdecimal():
         return int(given) == int(gold)
     try:
         with LOCK:
