@@ -1,11 +1,11 @@
-r"""Is a response's final answer the gold answer? A small and safe checker for mathematics.
+r"""Is a response's final answer the gold answer? A small, safe checker for mathematics.
 
     math_reward("... so \\boxed{\\frac{2}{4}}.", "\\frac{2}{4}") == 1.0
 
 1. `extract_answer` finds the answer: the last \boxed{}, else <answer>, else "#### 42", else what
    follows "the answer is" near the end.
 2. `clean` takes off what carries no meaning; answers of the same text are equal.
-3. `Reader` computes while it reads, by recursive descent: rational numbers exactly, others with 600
+3. `Reader` computes while it reads, by recursive descent: rational numbers exactly, others with 800
    bits, a variable as a few random numbers that depend on its name alone. So x(x+1) and x^2+x come
    out the same without algebra (Schwartz-Zippel).
 4. `equal` compares: numbers point by point, lists in any order, tuples in order.
@@ -28,7 +28,7 @@ from mpmath.ctx_mp import MPContext
 
 LONGEST = 600  # characters of an answer; a longer one must be the gold text itself
 TAIL = 100_000  # characters of a response that are looked at
-LAST_LINES = 5  # of a response, where an answer without a box may be
+LAST_LINES = 5  # of a response, for an answer without a box
 TOKENS = 200  # of an answer, so that nesting is bounded too
 BITS = 20_000  # of an exact number
 WORK = 6000  # of one reading, in units of about 1.5 us
@@ -143,7 +143,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text ?\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*|[eij])\}", r" \1 "),
     (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
     (r"^(?:\\text ?\{)?[aA]ll reals?(?: numbers)?\}?$", r"\\reals"),
-    (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
+    (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x>3}
     (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
     (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
     (r"(?:,? ?(?:\\text ?\{)?[, ]{0,3}\b(?:where|with|for (?:any|all|every|each|some|an))\b"
@@ -177,7 +177,7 @@ def clean(text: str) -> str:
 UNITS = {unit: names.split()[0] for names in (
     "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "ml", "mph",
     "in inch inche", "mi mile", "kg kilogram", "g gram", "lb pound", "oz",
-    "s sec second", "min minute", "h hr hour", "l liter", "am", "pm",
+    "s sec second", "min minute", "h hr hour", "l liter", "rad radian", "am", "pm",
     "^2 square sq", "^3 cubic") for unit in names.split()}
 WORD = r"\\text ?\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text ?\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
@@ -217,8 +217,8 @@ def split_unit(text: str) -> tuple[str, set]:
 
 Unreadable = ValueError
 mp = MPContext()
-mp.prec = 600
-CLOSE, NOISE, APART = mp.mpf(2) ** -300, 400, 200
+mp.prec = 800
+CLOSE, NOISE, APART = mp.mpf(2) ** -450, 600, 250
 POINTS = ((0.95, 0.99), (10, 40), (-0.9, -0.1), (-40, -10))
 LOCK = threading.Lock()  # for mpmath's caches and for `spent`
 spent = 0  # work of the reading in progress
@@ -250,15 +250,16 @@ def apply(function, cost, *numbers):
     """The function's value at every point where its arguments have one."""
     if any(map(tag, numbers)):
         raise Unreadable
-    columns = [[mp.mpf(n.numerator) / n.denominator] if is_exact(n) else n for n in numbers]
+    columns = [[mp.mpf(bounded(n, 400).numerator) / n.denominator] if is_exact(n) else n
+               for n in numbers]
     points = max(map(len, columns))
     spend(cost * points)
     rows = zip(*(column * (points // len(column)) for column in columns))
     return [None if any(x is None for x in row) else function(*row) for row in rows]
 
 
-def bounded(number):
-    if number.numerator.bit_length() + number.denominator.bit_length() > BITS:
+def bounded(number, bits=BITS):
+    if number.numerator.bit_length() + number.denominator.bit_length() > bits:
         raise Unreadable
     return number
 
@@ -285,7 +286,7 @@ def negative(a):
 
 
 def positive(a):
-    """Roots and logarithms of what has variables are taken only where they are real."""
+    """Of what has variables, roots and logarithms are taken where they are real."""
     many = isinstance(a, list) and len(a) > 1
     return [x if x is None or x.imag or x.real >= 0 else None for x in a] if many else a
 
@@ -616,7 +617,7 @@ def unnamed(value):
 
 
 def match(xs, ys):
-    """Lists: in any order, unless an item is left out by dots or has a name of its own."""
+    """Lists: in any order, unless dots stand in them or the items have names."""
     if len(xs) != len(ys):
         return False
     named = [len({x[1] for x in items if tag(x) == "="}) > 1 for items in (xs, ys)]
@@ -721,7 +722,7 @@ def values_agree(given: str, gold: str) -> bool:
 
 
 def same(given: str, gold: str) -> bool:
-    """Whether two cleaned answers are the same."""
+    """Of two cleaned answers."""
     texts = [re.sub(r"(?<![\d,;]) | (?!\d)|\.$", "", WRAPPER.sub(r"\1", text).strip())
              for text in (given, gold)]
     if texts[0] == texts[1]:
