@@ -201,7 +201,7 @@ def split_unit(text: str) -> tuple[str, set]:
         raise Unreadable
     names = [name.removesuffix("s") or name for name in names]
     first = found[1].rstrip(".")
-    if len(first) == 1:  # in 15 + 55m it is a variable
+    if len(first) == 1:  # in 15+55m a variable
         known = first in "mgslhLNJWVKCF" and PLAIN.fullmatch(number)
     else:
         known = not first.isalpha() or names[0] in UNITS or (
@@ -267,7 +267,7 @@ def bounded(number, bits=BITS):
 def total(x, y):
     result, sizes = x + y, sorted((mp.mag(x), mp.mag(y)))
     if x and y and sizes[1] - sizes[0] > APART:
-        return None  # the small one is lost
+        return None  # it would be lost
     return mp.zero if mp.mag(result) < sizes[1] - NOISE else result
 
 
