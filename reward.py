@@ -31,7 +31,7 @@ TAIL = 100_000  # characters of a response that are looked at
 LAST_LINES = 5  # of a response, for an answer without a box
 TOKENS = 200  # of an answer, so that nesting is bounded too
 BITS = 20_000  # of an exact number
-WORK = 6000  # of one reading, in units of about 1.5 us
+WORK = 5000  # of one reading, in units of about 1.5 us
 
 # ---- extraction
 
@@ -321,7 +321,7 @@ def root(n, a):
 def factorial(n):
     if is_exact(n) and n.denominator == 1 and 0 <= n <= 2500:
         return bounded(Fraction(math.factorial(int(n))))
-    return apply(lambda x: mp.gamma(x + 1) if abs(x) < 50 else None, 60, n)
+    return apply(lambda x: mp.gamma(x + 1) if abs(x) < 50 else None, 90, n)
 
 
 # ---- reader
