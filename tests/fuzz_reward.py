@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 
-from test_reward import ANSWERS, HOSTILE, RIGHT, ROOT, WRONG
+from test_reward import ANSWERS, ANSWERS_TO, HOSTILE, RIGHT, ROOT, WRONG
 
 from reward import is_equal, math_reward
 
@@ -71,6 +71,7 @@ def fuzz(cases: int = 1_000_000, seed: int = 0) -> None:
 
 def compare() -> None:
     rows = [(a, b, True) for pairs in RIGHT.values() for a, b in pairs] + [(a, b, False) for pairs in WRONG.values() for a, b in pairs]
+    rows += [(text, gold, expected) for gold, answers in ANSWERS_TO.items() for expected, texts in zip((True, False), answers) for text in texts]
     rows = [(rf"The answer is $\boxed{{{given}}}$.", gold, expected) for given, gold, expected in rows]
     examples = ROOT.parent / "shared" / "grader" / "examples.jsonl"
     shared = []
