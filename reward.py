@@ -775,9 +775,3 @@ def math_reward(response: str, gold: str) -> float:
     """1.0 if the response's final answer equals gold, else 0.0. Never raises."""
     answer = extract_answer(response)
     return float(answer is not None and is_equal(answer, gold))
-
-
-def is_readable(answer: str) -> bool:
-    """Whether an answer can be read as mathematics, a word or a choice."""
-    text = _clean(answer)
-    return bool(_parse(text) or _LETTERS.fullmatch(text) or _CHOICE.fullmatch(text))
