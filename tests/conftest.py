@@ -25,7 +25,7 @@ def shared():
     return folder
 
 
-def policy_of(model, tokenizer, **knobs) -> "aspo.Policy":
+def policy_of(model, tokenizer, /, **knobs) -> "aspo.Policy":
     """A policy with the knobs of a small run on sums; every construction probes the engine."""
     cfg = aspo.Config(**(dict(model="tiny", data="arithmetic", max_new_tokens=40) | knobs))
     return aspo.Policy(model, tokenizer, cfg, [{"problem": "1+2", "answer": "3"}])
