@@ -9,6 +9,9 @@ sys.path.insert(0, str(ROOT))
 import aspo  # noqa: E402
 
 
+PROBLEM = {"problem": "1+2", "answer": "3", "messages": None, "row": {}}
+
+
 @pytest.fixture
 def tiny():
     """An untrained tiny model in eval mode and its tokenizer."""
@@ -28,4 +31,4 @@ def shared():
 def policy_of(model, tokenizer, /, **knobs) -> "aspo.Policy":
     """A policy with the knobs of a small run on sums; every construction probes the engine."""
     cfg = aspo.Config(**(dict(model="tiny", data="arithmetic", max_new_tokens=40) | knobs))
-    return aspo.Policy(model, tokenizer, cfg, [{"problem": "1+2", "answer": "3"}])
+    return aspo.Policy(model, tokenizer, cfg, [PROBLEM])

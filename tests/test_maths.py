@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import policy_of
+from conftest import PROBLEM, policy_of
 
 import aspo
 from aspo import WEIGHTS, Config, group_advantages, overlong_penalty, policy_loss, repetition, update_metrics
@@ -263,7 +263,7 @@ def test_the_learning_rate_warms_up_and_goes_on_after_a_resume(tiny, tmp_path):
 
     known = {"its tokenizer or chat template": policy.prompts_digest}
     aspo.save_policy(policy, tmp_path / "c", {"step": 1, "config": dataclasses.asdict(policy.cfg), "known": known})
-    resumed, _ = aspo.load_policy(tmp_path / "c", policy.cfg, [{"problem": "1+2", "answer": "3"}], {})
+    resumed, _ = aspo.load_policy(tmp_path / "c", policy.cfg, [PROBLEM], {})
     for p in (policy, resumed):
         steps_with_gradient(p, 1.0, 3)
         expected = 1 - 0.1 - 0.2 - 0.3 - 0.4 - 0.4

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import policy_of
+from conftest import PROBLEM, policy_of
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -920,18 +920,10 @@ def test_every_stop_token_ends_a_response(tiny, engine):
 def test_prompts_use_the_chat_template_and_the_instruction(tiny):
     model, tokenizer = tiny
     encode = lambda problem, **knobs: tokenizer.decode(policy_of(model, tokenizer, **knobs).encode(problem))
-    assert encode({"problem": "1+2"}, instruction="") == "1+2="
-    assert encode({"problem": "1+2"}, instruction="3") == "1+2\n3="
-    chat = [{"role": "user", "content": "4+4"}]
-    assert encode({"problem": "4", "messages": chat}, instruction="") == "4+4="
-    assert encode({"problem": "4", "messages": chat}, instruction="5") == "4+4\n5="
-    assert chat == [{"role": "user", "content": "4+4"}]
-
-
-def test_a_chat_keeps_its_own_instruction(tiny):
-    policy = policy_of(*tiny, **OTHER | dict(instruction=aspo.BOX))
-    chat = [{"role": "user", "content": "4+4"}]
-    assert policy.decode(policy.encode({"problem": "4", "messages": chat})) == "4+4="
+    assert encode(PROBLEM, instruction="") == "1+2="
+    assert encode(PROBLEM, instruction="3") == "1+2\n3="
+    chat = PROBLEM | {"messages": [{"role": "user", "content": "4+4"}]}  # has an instruction of its own
+    assert encode(chat, instruction="5") == "4+4="
 
 
 def test_a_prompt_never_ends_in_a_stop_token(tiny):
@@ -941,11 +933,11 @@ def test_a_prompt_never_ends_in_a_stop_token(tiny):
     model, tokenizer = tiny
     tokenizer.chat_template = None
     policy = policy_of(model, tokenizer, **OTHER)
-    expected = policy.encode({"problem": "1+2"})
+    expected = policy.encode(PROBLEM)
     eos = tokenizer.eos_token_id
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos> <eos>", special_tokens=[("<eos>", eos)])
     assert tokenizer("1+2").input_ids[-2:] == [eos, eos]
-    assert policy.encode({"problem": "1+2"}) == expected and eos not in expected
+    assert policy.encode(PROBLEM) == expected and eos not in expected
 
 
 def test_demonstrations_work_in_steps_and_sometimes_slip():
