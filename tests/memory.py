@@ -52,8 +52,9 @@ def update_peak(shape: Shape, cfg: aspo.Config, prompt_tokens: int, half: bool, 
     # A group's prompt is computed once, but attention keeps its keys and values for each response.
     keys = 1 + cfg.group_size * prompt_tokens / (prompt_tokens + cfg.group_size * cfg.max_new_tokens)
     # What autograd keeps of a layer, in bytes per token. Of two norms: input, what they normalise, output, the first
-    # two always in fp32, the last cast anew by autocast for each of five matrices. Of attention: queries, its output twice,
-    # keys and values. Of the MLP: the gate before and after its activation, the other half, the product.
+    # two always in fp32, the last cast anew by autocast for each of five matrices.
+    # Of attention: queries, its output twice, keys and values. Of the MLP: the gate before and after its activation,
+    # the other half, the product.
     norms = (2 * 4 + 2 * 4 + (5 * 2 if half else 2 * 4)) * hidden
     inside = norms + (3 * shape.q_width + 2 * keys * shape.kv_width + 4 * shape.mlp) * element
     kept = shape.layers * tokens * (4 * hidden if cfg.gradient_checkpointing else inside)
