@@ -4,8 +4,7 @@
 """
 import dataclasses
 
-import torch
-from conftest import aspo
+from conftest import aspo, logits_at_once
 
 GIB = 2**30
 
@@ -43,7 +42,7 @@ GPUS = (16, 24, 40, 80, 141)  # GB
 
 
 def update_peak(shape: Shape, cfg: aspo.Config, prompt_tokens: int, half: bool, processes: int = 1,
-                logits: int = aspo.logits_at_once(torch.device("cuda"))) -> float:
+                logits: int = logits_at_once(cuda=True)) -> float:
     """Bytes beyond weights, gradients and moments, at the worst of three places in a micro-batch."""
     element, hidden = 2 if half else 4, shape.hidden
     # as many whole responses as fit, at least one

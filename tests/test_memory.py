@@ -1,12 +1,11 @@
 """The formula of memory.py against the measured peak of live tensors: of whole updates in fp32, and of the
 presets at full size in mixed precision, with tensors that have no data."""
-import types
 import weakref
 
 import pytest
 import torch
 import transformers
-from conftest import aspo, policy_of
+from conftest import aspo, logits_at_once, policy_of, set_logits_at_once
 from memory import ECONOMICAL, GIB, SHAPES, Shape, presets_table, total, update_peak
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_tokens", [256, 1024])
 def test_the_formula_tells_the_peak(checkpointing, micro_tokens, monkeypatch):
-    monkeypatch.setattr(aspo, "logits_at_once", lambda device: 2**20)
+    set_logits_at_once(monkeypatch, 2**20)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=SHAPE.vocabulary, hidden_size=SHAPE.hidden, intermediate_size=SHAPE.mlp,
         num_hidden_layers=SHAPE.layers, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True))
@@ -103,8 +102,7 @@ def measured_peaks(alias: str, cfg: aspo.Config, layers: int) -> tuple[int, int]
                                           ("qwen-0.5b", ("--gradient_checkpointing", "false"))])
 def test_the_formula_tells_the_peak_of_the_presets(alias, flags, monkeypatch):
     """Full widths and micro-batches, as on CUDA; every further layer adds as much as the second."""
-    logits = aspo.logits_at_once(types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(aspo, "logits_at_once", lambda device: logits)
+    set_logits_at_once(monkeypatch, logits_at_once(cuda=True))
     cfg = aspo.parse(["--model", alias, *flags])
     one, two = (measured_peaks(alias, cfg, layers) for layers in (1, 2))
     peak = max(a + (SHAPES[alias].layers - 1) * (b - a) for a, b in zip(one, two))

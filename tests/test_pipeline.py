@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import PROBLEM, policy_of
+from conftest import PROBLEM, policy_of, set_logits_at_once
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -125,7 +125,7 @@ def test_logits_a_few_rows_at_a_time_change_nothing(tiny, engine, monkeypatch):
     policy = policy_of(*tiny, engine=engine, temperature=0.9)
     samples = made_up_samples(tiny[1])
     expected = engine_gradient(policy, samples)
-    monkeypatch.setattr(aspo, "logits_at_once", lambda device: 3 * policy.model.config.vocab_size)
+    set_logits_at_once(monkeypatch, 3 * policy.model.config.vocab_size)
     rows, compute = [], aspo.logp_and_entropy
     monkeypatch.setattr(aspo, "logp_and_entropy",
                         lambda logits, *args: (rows.append(logits.shape[0]), compute(logits, *args))[1])
