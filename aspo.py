@@ -1052,7 +1052,7 @@ def stop_tokens(model, tokenizer) -> list[int]:
         _, _, behind = text.rpartition("ANSWER")
         if "ANSWER" in text and behind.strip():
             ending = tokenizer(behind.strip(), add_special_tokens=False).input_ids
-            if len(ending) == 1 or ending[0] in tokenizer.added_tokens_decoder:
+            if ending[0] in tokenizer.added_tokens_decoder:
                 ids.add(ending[0])
     ids = sorted(i for i in ids if isinstance(i, int) and i >= 0)
     if not ids:
