@@ -898,7 +898,7 @@ TURN = "{% for m in messages %}<turn>{{ m['content'] }}ENDING{% endfor %}"
 
 @pytest.mark.parametrize("ending, found", [
     ("<end>", ["<end>"]), ("<end>\n", ["<end>"]), ("\n<end>", ["<end>"]), ("<end>##", ["<end>"]),  # one that follows
-    ("", []), ("\n\n", []), ("##", [])])  # text, of which no single token ends a turn
+    ("", []), ("\n\n", []), ("#", []), ("##", [])])  # text, which an answer may hold as well
 def test_a_stop_token_that_stands_in_the_chat_template_alone(tiny, ending, found):
     """Base models with a template: the end of a turn is in no list of stop ids."""
     model, tokenizer = tiny
