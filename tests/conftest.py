@@ -1,4 +1,5 @@
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import aspo  # noqa: E402
+
+
+PROBLEM = {"problem": "1+2", "answer": "3", "messages": None, "row": {}}
 
 
 @pytest.fixture
@@ -23,3 +27,24 @@ def shared():
     if not folder.is_dir():
         pytest.skip("no ../shared folder beside the checkout")
     return folder
+
+
+def policy_of(model, tokenizer, /, **knobs) -> "aspo.Policy":
+    """A policy with the knobs of a small run on sums; every construction probes the engine."""
+    cfg = aspo.Config(**(dict(model="tiny", data="arithmetic", max_new_tokens=40) | knobs))
+    return aspo.Policy(model, tokenizer, cfg, [PROBLEM])
+
+
+def logits_at_once(cuda: bool) -> int:
+    """How many by_rows computes at once: it asks a tensor for so many rows of one."""
+    asked = []
+    x = types.SimpleNamespace(is_cuda=cuda, split=lambda rows: asked.append(rows) or ())
+    aspo.by_rows(None, x, x, logits_per_row=1)
+    return asked[0]
+
+
+def set_logits_at_once(monkeypatch, n: int):
+    """Another number, on the CPU."""
+    usual, by_rows = logits_at_once(cuda=False), aspo.by_rows
+    monkeypatch.setattr(aspo, "by_rows", lambda work, x, targets, *args, logits_per_row=None: by_rows(
+        work, x, targets, *args, logits_per_row=usual * (logits_per_row or x[0].numel()) // n))

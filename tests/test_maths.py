@@ -1,10 +1,14 @@
 """The formulas against published values, textbook objectives and numbers worked out by hand."""
+import copy
+import dataclasses
 import math
 
 import pytest
 import torch
+from conftest import PROBLEM, policy_of
 
-from aspo import WEIGHTS, Config, group_advantages, overlong_penalty, policy_loss, repetition, token_metrics
+import aspo
+from aspo import WEIGHTS, Config, group_advantages, overlong_penalty, policy_loss, repetition, update_metrics
 
 # Weights of the authors' loss functions, differentiated, for eps 0.2 and dual clip 3.
 RATIOS = [0.05, 0.3, 0.34, 0.5, 0.7, 0.81, 0.9, 1.0, 1.1, 1.19, 1.21, 1.39, 2.0, 2.9, 3.1, 8]
@@ -19,13 +23,34 @@ GOLDEN = {
 
 
 def weights(loss, ratios, sign, **knobs):
-    log_ratio = torch.tensor(ratios).log()[None]
-    return WEIGHTS[loss](log_ratio, torch.tensor([[float(sign)]]), torch.ones_like(log_ratio).bool(), Config(loss=loss, **knobs))
+    cfg = Config(loss=loss, **knobs)
+    eps = cfg.eps_low, cfg.eps_high
+    return WEIGHTS[loss](torch.tensor([ratios]), torch.tensor([[float(sign)]]), eps, cfg.dual_clip)
+
+
+def weights_in_loss(loss, ratios, sign):
+    """The same as policy_loss computes them, which turns gspo's ratios into one of the sequence."""
+    logp = torch.tensor([ratios]).log()
+    advantages = torch.tensor([[float(sign)]])
+    _, stats = policy_loss(logp, torch.zeros_like(logp), advantages, torch.ones_like(logp), Config(loss=loss))
+    return stats["weight"].tolist()
 
 
 @pytest.mark.parametrize("loss, sign", GOLDEN)
 def test_golden_weights(loss, sign):
     assert weights(loss, RATIOS, sign)[0].tolist() == pytest.approx(GOLDEN[loss, sign], abs=1e-3)
+    assert weights_in_loss(loss, RATIOS, sign) == pytest.approx(GOLDEN[loss, sign], abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "aspo", "no-is"])
+def test_a_clip_range_per_token(loss):
+    """As entropy_clip brings it: each token is weighed as under its own pair of numbers."""
+    r, wide = torch.tensor([[0.7, 0.9, 1.3, 1.5, 0.5]]), torch.tensor([[True, False, True, True, False]])
+    eps = torch.where(wide, 0.4, 0.2)
+    for sign in (1.0, -1.0):
+        a = torch.tensor([[sign]])
+        expected = torch.where(wide, WEIGHTS[loss](r, a, (0.4, 0.4), 3.0), WEIGHTS[loss](r, a, (0.2, 0.2), 3.0))
+        assert torch.equal(WEIGHTS[loss](r, a, (eps, eps), 3.0), expected)
 
 
 def test_neighbours():
@@ -34,9 +59,9 @@ def test_neighbours():
     for sign in (1, -1):
         assert weights("cispo", [0.1, 1.1, 9.0], sign)[0].tolist() == pytest.approx([0.1, 1.1, 1.2])
     # sequence ratio sqrt(1.2 * 1 / 1.2) = 1 although both tokens left the clip range
-    assert weights("gspo", [1.2, 1 / 1.2], 1)[0].tolist() == pytest.approx([1, 1])
-    assert weights("gspo", [1.001, 1.001], 1)[0].tolist() == [0, 0]
-    assert weights("gspo", [1.001, 1.001], -1)[0].tolist() == pytest.approx([1.001, 1.001])
+    assert weights_in_loss("gspo", [1.2, 1 / 1.2], 1) == pytest.approx([1, 1])
+    assert weights_in_loss("gspo", [1.001, 1.001], 1) == [0, 0]
+    assert weights_in_loss("gspo", [1.001, 1.001], -1) == pytest.approx([1.001, 1.001])
 
 
 def random_batch(seed=0, shape=(6, 9), spread=1.0):
@@ -80,7 +105,8 @@ def test_extremes_stay_finite(loss):
     for advantage in (2.0, -2.0, 0.0):
         for mask in (torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([[1.0, 0, 1, 0]])):
             logp = (log_ratio - 90).requires_grad_()
-            value, _ = policy_loss(logp, torch.full((1, 4), -90.0), torch.tensor([[advantage]]), mask, Config(loss=loss))
+            args = logp, torch.full((1, 4), -90.0), torch.tensor([[advantage]]), mask
+            value, _ = policy_loss(*args, Config(loss=loss))
             g = gradient(value, logp)
             assert value.isfinite() and g.isfinite().all()
             assert (g[mask == 0] == 0).all()
@@ -93,7 +119,8 @@ def test_masked_positions_may_hold_anything(loss):
     logp, old, advantages, mask = random_batch(2)
     clean = gradient(policy_loss(logp, old, advantages, mask, Config(loss=loss))[0], logp)
     dirty = logp.detach().masked_fill(~mask, -math.inf).requires_grad_()
-    torch.testing.assert_close(gradient(policy_loss(dirty, old, advantages, mask, Config(loss=loss))[0], dirty), clean)
+    loss, _ = policy_loss(dirty, old, advantages, mask, Config(loss=loss))
+    torch.testing.assert_close(gradient(loss, dirty), clean)
 
 
 def test_all_token_methods_agree_at_ratio_one_and_not_elsewhere():
@@ -108,7 +135,7 @@ def test_all_token_methods_agree_at_ratio_one_and_not_elsewhere():
 
 
 def test_loss_aggregation_by_hand():
-    """Two responses of 1 and 3 tokens, A = 1, r = 1: the gradient is minus the share that each token has in the loss."""
+    """Two responses of 1 and 3 tokens, A = 1, r = 1: the gradient is minus each token's share in the loss."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
     logp = torch.zeros(2, 3, requires_grad=True)
     expected = {"token": [[1 / 4, 0, 0], [1 / 4] * 3], "sequence": [[1 / 2, 0, 0], [1 / 6] * 3],
@@ -117,12 +144,14 @@ def test_loss_aggregation_by_hand():
         cfg = Config(loss_agg=agg, max_new_tokens=10)
         loss, _ = policy_loss(logp, logp.detach(), torch.ones(2, 1), mask, cfg)
         torch.testing.assert_close(gradient(loss, logp), -torch.tensor(shares))
-        half, _ = policy_loss(logp[:1], logp[:1].detach(), torch.ones(1, 1), mask[:1], cfg, norm=4 if agg == "token" else 2)
+        half, _ = policy_loss(logp[:1], logp[:1].detach(), torch.ones(1, 1), mask[:1], cfg,
+                              norm=4 if agg == "token" else 2)
         torch.testing.assert_close(gradient(half, logp)[0], -torch.tensor(shares[0]))  # as a part of the whole
 
 
 def test_defaults_of_methods_yield_to_what_is_given():
-    assert (Config().eps_low, Config().eps_high, Config().dual_clip, Config().loss_agg) == (0.2, 0.2, 3.0, "token")
+    cfg = Config()
+    assert (cfg.eps_low, cfg.eps_high, cfg.dual_clip, cfg.loss_agg, cfg.divide_by_std) == (0.2, 0.2, 3.0, "token", True)
     assert Config(loss="dapo").eps_high == 0.28 and Config(loss="dapo", eps_high=0.5).eps_high == 0.5
     assert (Config(loss="gspo").eps_low, Config(loss="gspo").eps_high) == (3e-4, 4e-4)
     assert not Config(loss="dr-grpo").divide_by_std and Config(loss="dr-grpo").loss_agg == "constant"
@@ -137,7 +166,7 @@ def test_entropy_dependent_clip_range():
 
 
 def test_k3_by_hand():
-    """pi = 0.5, pi_ref = 0.25: d = -log 2, so k3 = 1/2 + log 2 - 1 and its slope in log pi is 1 - pi_ref / pi = 1/2."""
+    """pi = 0.5, pi_ref = 0.25: d = -log 2, so k3 = 1/2 + log 2 - 1; its slope in log pi is 1 - pi_ref / pi = 1/2."""
     logp = torch.tensor([[math.log(0.5)]], requires_grad=True)
     loss, stats = policy_loss(logp, logp.detach(), torch.zeros(1, 1), torch.ones(1, 1), Config(kl_coef=0.1),
                               ref_logp=torch.tensor([[math.log(0.25)]]))
@@ -148,8 +177,8 @@ def test_k3_by_hand():
 
 def test_group_advantages_by_hand():
     a = group_advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]))  # unbiased std: 1/2 and 1/sqrt(3)
-    torch.testing.assert_close(a, torch.tensor([[1.5, -0.5, -0.5, -0.5], [3 ** 0.5 / 2] * 2 + [-(3 ** 0.5) / 2] * 2]),
-                               atol=1e-5, rtol=0)
+    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [3 ** 0.5 / 2] * 2 + [-(3 ** 0.5) / 2] * 2])
+    torch.testing.assert_close(a, expected, atol=1e-5, rtol=0)
     a = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), divide_by_std=False)
     assert a.tolist() == [[0.75, -0.25, -0.25, -0.25]]
 
@@ -169,7 +198,7 @@ def test_overlong_penalty():
 
 
 def test_repetition():
-    assert repetition("a b c a b c a b", n=3) == pytest.approx(0.5)  # abc bca cab abc bca cab: 3 of 6 were there before
+    assert repetition("a b c a b c a b", n=3) == pytest.approx(0.5)  # abc bca cab abc bca cab: 3 of 6 were there
     assert repetition("one two", n=3) == 0.0
     assert repetition(" ".join(map(str, range(50)))) == 0.0
 
@@ -180,7 +209,7 @@ def test_truncated_importance_sampling_by_hand():
     logp, mask = old.clone().requires_grad_(), torch.ones(1, 3)
     loss, stats = policy_loss(logp, old, torch.ones(1, 1), mask, Config(tis_cap=2.0), sampler_logp=sampler)
     torch.testing.assert_close(gradient(loss, logp), -torch.tensor([[0.5, 2.0, 1.0]]) / 3)
-    assert token_metrics(stats, Config())["sampler_mismatch"] == pytest.approx((math.log(2) + math.log(4)) / 3)
+    assert update_metrics([stats], [], Config())["sampler_mismatch"] == pytest.approx((math.log(2) + math.log(4)) / 3)
     loss, _ = policy_loss(logp, old, torch.ones(1, 1), mask, Config(), sampler_logp=sampler)
     torch.testing.assert_close(gradient(loss, logp), -torch.ones(1, 3) / 3)
 
@@ -189,16 +218,96 @@ def test_metrics_by_sign_count_what_was_clipped():
     ratios, advantages = torch.tensor([0.25, 1.0, 1.5, 0.5, 1.0, 4.0]), torch.tensor([1.0, 1, 1, -1, -1, -1])
     old_logp, mask = torch.tensor([[0.1, 0.9, 0.9, 0.1, 0.1, 0.9]]).log(), torch.ones(1, 6)
     expected = {  # weights: grpo + .25 1 0, - 0 1 0 (dual); aspo + 3 (dual) 1 0, - 0 1 3 (dual)
-        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, dual_clip_frac_pos=0, weight_pos_low=0.25, weight_pos_high=0.5,
-                     weight_neg_low=0.5, weight_neg_high=0),
-        "aspo": dict(weight_pos=4 / 3, weight_neg=4 / 3, dual_clip_frac_pos=1 / 3, weight_pos_low=3, weight_pos_high=0.5,
-                     weight_neg_low=0.5, weight_neg_high=3),
+        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, dual_clip_frac_pos=0, weight_pos_low=0.25,
+                     weight_pos_high=0.5, weight_neg_low=0.5, weight_neg_high=0),
+        "aspo": dict(weight_pos=4 / 3, weight_neg=4 / 3, dual_clip_frac_pos=1 / 3, weight_pos_low=3,
+                     weight_pos_high=0.5, weight_neg_low=0.5, weight_neg_high=3),
     }
     for loss, values in expected.items():
         cfg = Config(loss=loss)
         _, stats = policy_loss(old_logp + ratios.log(), old_logp, advantages[None], mask, cfg)
-        found = token_metrics(stats, cfg)
-        values |= dict(ratio_pos=2.75 / 3, ratio_neg=5.5 / 3, clip_frac_pos=1 / 3, clip_frac_neg=1 / 3, dual_clip_frac_neg=1 / 3,
-                       approx_kl=sum(r - 1 - math.log(r) for r in ratios.tolist()) / 6)
-        assert found == pytest.approx(values | {"sampler_mismatch": 0})
-    assert token_metrics({}, Config())["ratio_pos"] is None
+        found = update_metrics([stats], [2.0, math.inf, 4.0], cfg)
+        values |= dict(ratio_pos=2.75 / 3, ratio_neg=5.5 / 3, clip_frac_pos=1 / 3, clip_frac_neg=1 / 3,
+                       dual_clip_frac_neg=1 / 3, approx_kl=sum(r - 1 - math.log(r) for r in ratios.tolist()) / 6)
+        assert found == pytest.approx(values | {"sampler_mismatch": 0, "grad_norm": 3, "skipped_steps": 1})
+    nothing = update_metrics([], [], Config(kl_coef=0.1))
+    assert set(nothing) == set(found) | {"kl_ref"} and nothing["ratio_pos"] is None and nothing["grad_norm"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------- optimiser
+
+
+def steps_with_gradient(policy, value, n):
+    """n optimiser steps in which every learned weight has this gradient."""
+    for _ in range(n):
+        for p in policy.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.full_like(p, value)
+        assert math.isfinite(policy.optimizer_step())
+
+
+def test_the_learning_rate_warms_up_and_goes_on_after_a_resume(tiny, tmp_path):
+    """lr .4 over 4 steps: .1, .2, .3, .4, .4. With a gradient that stays 1, Adam steps by exactly the learning rate."""
+    model, tokenizer = tiny
+    policy = policy_of(model, tokenizer, lr=0.4, lr_warmup=4, weight_decay=0.5, grad_clip=1e9)
+    norm, matrix = policy.model.model.norm.weight, policy.model.model.layers[0].mlp.up_proj.weight
+    torch.nn.init.ones_(norm)
+    torch.nn.init.ones_(matrix)
+    steps_with_gradient(policy, 1.0, 1)
+    torch.testing.assert_close(norm.data, torch.full_like(norm, 1 - 0.1))
+    torch.testing.assert_close(matrix.data, torch.full_like(matrix, 1 - 0.1 - 0.1 * 0.5))
+    assert policy.learning_rate() == pytest.approx(0.2)  # of the next step
+    steps_with_gradient(policy, 1.0, 1)
+    torch.testing.assert_close(norm.data, torch.full_like(norm, 1 - 0.1 - 0.2))
+    torch.testing.assert_close(matrix.data, torch.full_like(matrix, 0.85 * (1 - 0.2 * 0.5) - 0.2))
+
+    known = {"its tokenizer or chat template": policy.prompts_digest}
+    aspo.save_policy(policy, tmp_path / "c", {"step": 1, "config": dataclasses.asdict(policy.cfg), "known": known})
+    resumed, _ = aspo.load_policy(tmp_path / "c", policy.cfg, [PROBLEM], {})
+    for p in (policy, resumed):
+        steps_with_gradient(p, 1.0, 3)
+        expected = 1 - 0.1 - 0.2 - 0.3 - 0.4 - 0.4
+        torch.testing.assert_close(p.model.model.norm.weight.data, torch.full_like(norm, expected))
+        assert p.learning_rate() == pytest.approx(0.4)
+    assert all(torch.equal(a, b) for a, b in zip(policy.model.parameters(), resumed.model.parameters()))
+
+    at_once = policy_of(*aspo.tiny_model(), lr=0.3, lr_warmup=0)
+    assert at_once.learning_rate() == pytest.approx(0.3)
+
+
+def test_weight_decay_is_of_matrices_and_frozen_weights_stay(tiny):
+    """lr .1 and decay .5 without a gradient: matrices lose a twentieth, norms and biases nothing."""
+    model, tokenizer = tiny
+    frozen = model.model.layers[0].requires_grad_(False)
+    torch.nn.init.normal_(model.model.layers[1].self_attn.q_proj.bias)
+    policy = policy_of(model, tokenizer, lr=0.1, lr_warmup=0, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps_with_gradient(policy, 0.0, 1)
+    assert {p.ndim for p in model.parameters()} == {1, 2}
+    for name, p in model.named_parameters():
+        kept = 1.0 if p.ndim == 1 or "layers.0" in name else 0.95
+        torch.testing.assert_close(p.data, before[name] * kept)
+    steps_with_gradient(policy, 1.0, 2)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p.data, before[name]) == ("layers.0" in name)
+
+
+def test_the_gradient_is_clipped_and_what_is_not_finite_is_no_step(tiny):
+    model, tokenizer = tiny
+    policy = policy_of(model, tokenizer, lr=0.1, lr_warmup=4, grad_clip=0.5)
+    before = copy.deepcopy(model.state_dict())
+    seen = []
+    policy.optimizer.register_step_pre_hook(lambda *_: seen.append(
+        torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
+    n = sum(p.numel() for p in model.parameters())
+    for bad in (math.nan, math.inf):
+        model.model.norm.weight.grad = torch.full_like(model.model.norm.weight, bad)
+        assert not math.isfinite(policy.optimizer_step())
+    assert policy.skipped == 2 and policy.learning_rate() == pytest.approx(0.025) and not seen
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    assert policy.optimizer_step() == pytest.approx(2 * math.sqrt(n), rel=1e-4)  # before clipping
+    assert seen == [pytest.approx(0.5, rel=1e-3)] and policy.skipped == 0
+    assert all(p.grad is None for p in model.parameters())
