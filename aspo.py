@@ -981,15 +981,15 @@ def warm_up(model, tokenizer, problems: list[dict], cfg: Config):
 # Touch it for a model that loads in its own way, or for the settings of an alias.
 
 SAVING = dict(gradient_checkpointing=True)
-PRESETS = {  # alias: hub id, settings. Sized for one GPU of 24 GB, from 1.5B on of 80 GB
+PRESETS = {  # alias: hub id, settings. Sized for one GPU of 24 GB, from 1.5B on of 40, r1 of 80
     "tiny": (None, dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40,
                         lr=4e-4, eval_every=11)),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
     "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", SAVING),
     "qwen3-0.6b": ("Qwen/Qwen3-0.6B", SAVING | dict(sample_rows=64)),  # 9 times the cache of 0.5b
-    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", SAVING),
+    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", SAVING | dict(sample_rows=64)),
     "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B",
-                       SAVING | dict(max_new_tokens=1024, sample_rows=128)),
+                       SAVING | dict(max_new_tokens=1024, sample_rows=64)),
     "r1-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
                 SAVING | dict(max_new_tokens=4096, sample_rows=64)),
 }
