@@ -1,6 +1,7 @@
 """The real script as processes of their own, forked from one that has imported torch already: 0.2 s each instead of 5.
 
-    python tests/processes.py loop 100    # 100 runs under torchrun with two processes: each must end with status 0
+    python tests/processes.py loop 100             # 100 runs of two processes: each must end with status 0
+    python tests/processes.py loop 100 torchrun    # the same, started by torchrun
 """
 import json
 import os
@@ -135,21 +136,26 @@ def become(script, arguments, env, before, cwd, stdout, stderr, folder):
     runpy.run_path(script, run_name="__main__")
 
 
-def loop(n):
-    """Status and last words of every run that did not end well."""
+def loop(n, launcher=""):
+    """Runs of two processes; prints the status and the last words of those that do not end well."""
+    flags = "--steps 1 --sft_steps 1 --prompts 4 --group_size 4 --minibatch 4 --max_new_tokens 16 --eval_problems 4 --out".split()
     failed = 0
     for i in range(n):
         with tempfile.TemporaryDirectory() as folder:
-            result = subprocess.run(
-                [*TORCHRUN, "2", str(ROOT / "aspo.py"), "--steps", "1", "--sft_steps", "1", "--prompts", "4", "--group_size", "4",
-                 "--minibatch", "4", "--max_new_tokens", "16", "--eval_problems", "4", "--out", f"{folder}/run"],
-                env=ENV, capture_output=True, text=True)
-        if result.returncode or "held-out accuracy 0" not in result.stdout:
+            if launcher == "torchrun":
+                result = subprocess.run([*TORCHRUN, "2", str(ROOT / "aspo.py"), *flags, f"{folder}/run"], env=ENV,
+                                        capture_output=True, text=True)
+                statuses, out, err = [result.returncode], result.stdout, result.stderr
+            else:
+                processes = start_several(2, *flags, f"{folder}/run")
+                statuses = [process.wait(600) for process in processes]
+                out, err = processes[0].out, "".join(process.err for process in processes)
+        if any(statuses) or "held-out accuracy 0" not in out:
             failed += 1
-            print(f"run {i + 1}: status {result.returncode}\n{result.stderr[-2000:]}", flush=True)
+            print(f"run {i + 1}: status {statuses}\n{err[-2000:]}", flush=True)
         print(f"{i + 1} runs, {failed} failed", flush=True)
     return failed > 0
 
 
 if __name__ == "__main__":
-    sys.exit(serve() if sys.argv[1] == "serve" else loop(int(sys.argv[2])))
+    sys.exit(serve() if sys.argv[1] == "serve" else loop(int(sys.argv[2]), *sys.argv[3:]))

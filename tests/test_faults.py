@@ -513,7 +513,7 @@ def make_policy(tiny, **settings):
     """A policy of the tiny model with plain gradient descent: Adam would hide what a gradient's size is."""
     cfg = Config(**dict(minibatch=1, epochs=1, group_size=4, prompts=2, instruction="", max_new_tokens=16, grad_clip=1e9) | settings)
     torch.manual_seed(0)
-    policy = Policy(*tiny, cfg, [{"problem": "1+2", "answer": "3"}])
+    policy = Policy(*tiny, cfg, [aspo.make_problem({"problem": "1+2", "answer": "3"})])
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     policy.schedule = torch.optim.lr_scheduler.ConstantLR(policy.optimizer, 1.0)
     return policy
@@ -639,7 +639,7 @@ def test_another_runtime_error_is_not_taken_for_too_little_memory(tiny, monkeypa
 
 @pytest.mark.parametrize("engine, name", [("fast", "CUDA"), ("plain", "CPU"), ("fast", "Python")])
 def test_out_of_memory_in_sampling_samples_fewer_rows(engine, name, tiny, monkeypatch):
-    problems = [{"problem": f"{i}+1", "answer": "0"} for i in range(5)]
+    problems = [aspo.make_problem({"problem": f"{i}+1", "answer": "0"}) for i in range(5)]
     policy, rows = make_policy(tiny, sample_rows=32, max_new_tokens=4, engine=engine), []
     real = policy.engine.generate
 
@@ -654,7 +654,7 @@ def test_out_of_memory_in_sampling_samples_fewer_rows(engine, name, tiny, monkey
         policy.sample_rows = 32
         samples = aspo.roll_out(policy, problems, 4, policy.cfg)
         assert [s.problem for s in samples] == [row["problem"] for row in problems for _ in range(4)]
-        assert all(s.prompt == policy.encode({"problem": s.problem}) for s in samples)
+        assert all(s.prompt == policy.encode(aspo.make_problem({"problem": s.problem, "answer": "0"})) for s in samples)
         assert policy.sample_rows == largest and max(r for r in rows if r <= limit) == largest
     limit = 0
     with pytest.raises(UserError, match="out of memory with --sample_rows 1"):

@@ -52,7 +52,7 @@ def updates(path):
             model.model.layers[0].mlp.requires_grad_(False)
             model.model.layers[1].unused = torch.nn.Linear(3, 3)
         cfg = aspo.Config(**dict(prompts=8, minibatch=4, group_size=4, epochs=2, max_new_tokens=30, instruction="") | settings)
-        policy = aspo.Policy(model, tokenizer, cfg, [{"problem": "1+2", "answer": "3"}])
+        policy = aspo.Policy(model, tokenizer, cfg, [aspo.make_problem({"problem": "1+2", "answer": "3"})])
         if cfg.kl_coef:
             torch.manual_seed(2)
             policy.add_reference(aspo.tiny_model()[0])
@@ -170,7 +170,7 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
     workers = [p for p in Path("/proc").glob("[0-9]*") if str(run) in (p / "cmdline").read_text()]
     os.kill(next(int(p.name) for p in workers if "\0RANK=1\0" in (p / "environ").read_text()), signal.SIGKILL)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and "process 0 lost contact" in error and f"--resume {run}" in error
+    assert process.returncode != 0 and "process 0 lost contact" in error and "--resume" in error
     assert torch.load(run / "checkpoint" / "trainer.pt", weights_only=True)["step"] > 0
     assert json.loads((run / "config.json").read_text())["steps"] == 5000
 
