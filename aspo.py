@@ -1873,6 +1873,7 @@ def open_policy(cfg: Config, problems: list[dict], reward: Callable):
     if cfg.kl_coef or not folders:
         model, tokenizer = load_model(cfg)
         if cfg.model == "tiny":
+            Policy(*tiny_model(), cfg, problems, learning=False)  # refuses what will not do
             warm_up(model, tokenizer, problems, cfg)
         for p in model.parameters() if world() > 1 else ():
             dist.broadcast(p.data, 0)  # a warm-up need not be the same everywhere
