@@ -42,7 +42,7 @@ def kill_and_compare(kills: int, folder: Path, steps: int, seed: int = 0) -> dic
     assert sum(row["grad_norm"] > 0 for row in lines(whole)) > steps / 2, "too little was learned to tell runs apart"
     hits = {"save": 0, "later": 0, "early": 0}
     while sum(hits.values()) < kills:
-        shutil.rmtree(broken / "checkpoint.tmp", ignore_errors=True)  # of the last kill, so that this one's is not mistaken
+        shutil.rmtree(broken / "checkpoint.tmp", ignore_errors=True)  # of the last kill: not to be taken for this one's
         again = (broken / "config.json").exists()
         if not again:
             shutil.rmtree(broken, ignore_errors=True)  # killed before it began
@@ -61,8 +61,9 @@ def kill_and_compare(kills: int, folder: Path, steps: int, seed: int = 0) -> dic
             raise AssertionError(f"status {process.returncode}: {process.err[-2000:]}")
         process.send_signal(signal.SIGKILL)
         process.wait()
-        saving = (broken / "checkpoint.tmp").exists() or not (broken / "checkpoint").exists() and any(broken.glob("checkpoint-*"))
-        hits["save" if saving else "later" if (broken / "checkpoint").exists() else "early"] += 1
+        saved = (broken / "checkpoint").exists()
+        saving = (broken / "checkpoint.tmp").exists() or not saved and any(broken.glob("checkpoint-*"))
+        hits["save" if saving else "later" if saved else "early"] += 1
     if lines(broken)[-1:] != lines(whole)[-1:] or not (broken / "checkpoint").exists():
         run("--resume", broken)
     same(broken, whole)
@@ -73,5 +74,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         hits = kill_and_compare(int(sys.argv[1]) if len(sys.argv) > 1 else 24, Path(folder), steps=60)
         print(f"{sum(hits.values())} kills ({hits['save']} in a save, {hits['later']} at other moments after the first "
-              f"checkpoint, {hits['early']} before it): metrics.jsonl, samples.jsonl and the final weights are those of the run "
-              "never stopped")
+              f"checkpoint, {hits['early']} before it): metrics.jsonl, samples.jsonl and the final weights are "
+              "those of the run never stopped")

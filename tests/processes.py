@@ -3,6 +3,7 @@
     python tests/processes.py loop 100             # 100 runs of two processes: each must end with status 0
     python tests/processes.py loop 100 torchrun    # the same, started by torchrun
 """
+import atexit
 import json
 import os
 import runpy
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of another number of parts differ in the last bit on some processors
+# Sums of another number of parts differ in the last bit on some processors.
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -25,15 +27,17 @@ class Process:
     server, folder = None, None
 
     def __init__(self, *arguments, script=ROOT / "aspo.py", stdout=None, stderr=None, env=None, before=""):
-        """stdout, stderr: a path, or "closed"; before: Python that the process runs first, such as what ulimit would do."""
+        """stdout, stderr: a path, or "closed"; before: Python that runs first, such as what ulimit would do."""
         cls = type(self)
         if cls.server is None or cls.server.poll() is not None:
             cls.folder = tempfile.TemporaryDirectory()
-            cls.server = subprocess.Popen([sys.executable, __file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                          text=True, env=ENV)
+            cls.server = subprocess.Popen([sys.executable, __file__, "serve"], text=True, env=ENV,
+                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            atexit.register(cls.server.communicate)  # ends it
         self.returncode = None
         self.pid = self.ask(script=str(script), arguments=list(map(str, arguments)), env=env or {}, before=before,
-                            cwd=os.getcwd(), stdout=str(stdout or "new"), stderr=str(stderr or "new"), folder=cls.folder.name)
+                            cwd=os.getcwd(), stdout=str(stdout or "new"), stderr=str(stderr or "new"),
+                            folder=cls.folder.name)
 
     def ask(self, **request):
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -115,6 +119,8 @@ def serve():
         if pid == 0:
             become(**request)
             return
+        for name in ("out", "err"):  # there from the start, whoever is faster
+            open(f"{request['folder']}/{pid}.{name}", "a").close()
         print(pid, flush=True)
 
 
@@ -129,7 +135,8 @@ def become(script, arguments, env, before, cwd, stdout, stderr, folder):
             continue
         path = f"{folder}/{os.getpid()}.{name[3:]}" if path == "new" else path
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
-        setattr(sys, name, open(fd, "w", buffering=1 if fd == 2 else -1, closefd=False, encoding=env.get("PYTHONIOENCODING")))
+        encoding, buffering = env.get("PYTHONIOENCODING"), 1 if fd == 2 else -1
+        setattr(sys, name, open(fd, "w", buffering=buffering, closefd=False, encoding=encoding))
     exec(before, {})
     sys.argv = [str(script), *arguments]
     del sys.modules["aspo"]
@@ -138,7 +145,8 @@ def become(script, arguments, env, before, cwd, stdout, stderr, folder):
 
 def loop(n, launcher=""):
     """Runs of two processes; prints the status and the last words of those that do not end well."""
-    flags = "--steps 1 --sft_steps 1 --prompts 4 --group_size 4 --minibatch 4 --max_new_tokens 16 --eval_problems 4 --out".split()
+    flags = ("--steps 1 --sft_steps 1 --prompts 4 --group_size 4 --minibatch 4 --max_new_tokens 16 "
+             "--eval_problems 4 --out").split()
     failed = 0
     for i in range(n):
         with tempfile.TemporaryDirectory() as folder:

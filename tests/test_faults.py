@@ -1,5 +1,5 @@
-"""Nothing is lost and nothing runs in silence: kills, signals, streams and disks that fail, damaged or foreign files, broken models,
-gradients that are not finite, too little memory."""
+"""Nothing is lost and nothing runs in silence: kills, signals, streams and disks that fail, damaged or foreign files,
+broken models, gradients that are not finite, too little memory."""
 import errno
 import io
 import json
@@ -36,7 +36,8 @@ def finished(tmp_path_factory):
     """A finished run of 6 steps with every checkpoint, and which the tests copy."""
     run = tmp_path_factory.mktemp("faults") / "run"
     run_script("--steps", 6, "--out", run, *FLAGS, before=KEEP)
-    assert sorted(path.name for path in run.glob("checkpoint*")) == ["checkpoint", *(f"checkpoint-{i}" for i in range(1, 6))]
+    kept = sorted(path.name for path in run.glob("checkpoint*"))
+    assert kept == ["checkpoint", *(f"checkpoint-{i}" for i in range(1, 6))]
     return run
 
 
@@ -89,7 +90,7 @@ def has_lines(run):
     return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()
 
 
-# ------------------------------------------------------------------------------------------------- kills and going on
+# --------------------------------------------------------------------------------------------------- kills and going on
 
 
 def test_killed_runs_end_as_if_never_stopped(tmp_path):
@@ -152,10 +153,11 @@ def test_a_run_without_a_checkpoint_says_so_and_keeps_its_logs(run, finished):
     assert "no checkpoint" in resume(run).out
     same(run, finished)
     kept = {path.name.split(".json")[0]: path for path in run.glob("*.jsonl.*")}
-    assert len(kept) == 2 and all(path.read_bytes() == (finished / f"{name}.jsonl").read_bytes() for name, path in kept.items())
+    assert len(kept) == 2
+    assert all(path.read_bytes() == (finished / f"{name}.jsonl").read_bytes() for name, path in kept.items())
 
 
-# ------------------------------------------------------------------------------------------- checkpoints that are damaged
+# ----------------------------------------------------------------------------------------- checkpoints that are damaged
 
 
 def test_a_truncated_checkpoint_gives_way_to_an_earlier_one(run, finished):
@@ -188,7 +190,7 @@ def nan_weight(folder):
 
 SPOILED = {  # what happens to the newest checkpoint, and a word that tells of it
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
-    "no chat template": (lambda folder: (folder / "chat_template.jinja").unlink(), "its tokenizer or chat template has changed"),
+    "no chat template": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat template has changed"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "a weight is NaN": (nan_weight, "not finite, first in model.norm.weight"),
     "the settings are missing": (spoil_state(lambda state: state.pop("config")), "'config'"),
@@ -227,12 +229,12 @@ def test_logs_shorter_than_the_checkpoint_knows(run, refused):
     refused(["--resume", run, "--steps", "9"], "shorter")
 
 
-@pytest.mark.parametrize("text, word", [('{"lr": null}', "--lr"), ("[" * 100_000, "config.json"), ('{"lr": ', "config.json"),
-                                        ('{"lr": "1"}', "--lr"), ('{"knob": 1}', "knob"), ("{}\0", "config.json")])
-def test_settings_that_cannot_be_read(run, refused, text, word):
+@pytest.mark.parametrize("change, word", [({"lr": None}, "--lr"), ({"lr": "1"}, "--lr"), ({"knob": 1}, "knob"),
+                                          ("[" * 100_000, "config.json"), ('{"lr": ', "config.json"),
+                                          ("{}\0", "config.json")], ids=lambda change: str(change)[:20])
+def test_settings_that_cannot_be_read(run, refused, change, word):
     saved = json.loads((run / "config.json").read_text())
-    changed = json.loads(text) if text in ('{"lr": null}', '{"lr": "1"}', '{"knob": 1}') else None
-    (run / "config.json").write_text(json.dumps(saved | changed) if changed else text)
+    (run / "config.json").write_text(change if isinstance(change, str) else json.dumps(saved | change))
     refused(["--resume", run, "--steps", "9"], word)
 
 
@@ -262,8 +264,8 @@ def test_problems_and_the_initial_model_are_the_same_when_a_run_goes_on(what, fi
     model, data = shutil.copytree(finished / "checkpoint-1", tmp_path / "model"), tmp_path / "sums.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{a}+{b}+1+2", "answer": a + b + 3}) + "\n"
                             for a in range(1, 6) for b in range(1, 6)))
-    flags = ["--model", model, "--data", data, "--instruction", "", *FLAGS[2:], "--kl_coef", "0.1", "--out", tmp_path / "run"]
-    assert aspo.main([*map(str, flags), "--steps", "1"]) == 0
+    flags = ["--model", model, "--data", data, "--instruction", "", "--kl_coef", "0.1", "--out", tmp_path / "run"]
+    assert aspo.main([*map(str, flags), *FLAGS[2:], "--steps", "1"]) == 0
     if what == "data":
         data.write_text(data.read_text().replace("1+1+1+2", "1+1+1+3"))
     else:
@@ -271,7 +273,7 @@ def test_problems_and_the_initial_model_are_the_same_when_a_run_goes_on(what, fi
     refused(["--resume", tmp_path / "run", "--steps", "2"], f"--{what} ", "has changed")
 
 
-# ------------------------------------------------------------------------------------------------- signals and streams
+# -------------------------------------------------------------------------------------------------- signals and streams
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -280,7 +282,8 @@ def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, finished, number):
     process = Process("--steps", 6, "--out", run, *FLAGS, "--save_every", 0)
     wait_for(lambda: has_lines(run), process)
     process.send_signal(number)
-    assert process.wait() == 128 + number and "stopping after this step" in process.err and "Traceback" not in process.err
+    assert process.wait() == 128 + number
+    assert "stopping after this step" in process.err and "Traceback" not in process.err
     done = len(lines(run))
     assert 0 < done < 6 and (run / "checkpoint" / "trainer.pt").exists() and f"--resume {run}" in process.out
     resume(run)
@@ -288,8 +291,8 @@ def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, finished, number):
 
 
 def test_a_second_signal_leaves_at_once(run):
-    process = Process("--resume", run, "--steps", 500, before="import torch; torch.optim.AdamW.step = lambda *_: time.sleep(600)\n"
-                      "import time")
+    slow = "import time, torch\ntorch.optim.AdamW.step = lambda *_: time.sleep(600)"
+    process = Process("--resume", run, "--steps", 500, before=slow)
     wait_for(lambda: "resumed" in process.out, process)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "stopping after this step" in process.err, process)
@@ -298,15 +301,19 @@ def test_a_second_signal_leaves_at_once(run):
 
 
 def test_ctrl_c_in_the_warm_up_ends_at_once(tmp_path):
-    process = Process("--out", tmp_path / "run", *FLAGS, "--sft_steps", 10**6, before="import random\nreal = random.Random.choices\n"
-                      "random.Random.choices = lambda *a, **k: print('warm', flush=True) or real(*a, **k)")
+    told = """
+import random
+real = random.Random.choices
+random.Random.choices = lambda *args, **options: print("warm", flush=True) or real(*args, **options)
+"""
+    process = Process("--out", tmp_path / "run", *FLAGS, "--sft_steps", 10**6, before=told)
     wait_for(lambda: "warm" in process.out, process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and not process.err and not (tmp_path / "run").exists()
 
 
 def test_two_runs_in_one_folder(run, finished):
-    """Also: nohup, where a closed terminal must not end the run, with a disk full of its output and no stderr at all."""
+    """Also nohup, where a closed terminal must not end the run, with a disk full of its output and no stderr."""
     back_to(run, 2)
     first = Process("--resume", run, stdout="/dev/full", stderr="closed",
                     before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
@@ -342,9 +349,10 @@ def test_a_terminal_that_is_closed(tmp_path, finished):
     """A window that is shut: the terminal is gone, and the signal says so. On a terminal there are bars."""
     run, (master, slave) = tmp_path / "run", pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
-    process = subprocess.Popen([sys.executable, str(ROOT / "aspo.py"), "--steps", "6", "--out", str(run), *FLAGS], stdin=slave,
-                               stdout=slave, stderr=slave, start_new_session=True, env=ENV, preexec_fn=lambda: os.close(os.open(
-                                   os.ttyname(0), os.O_RDWR)))  # opening it makes it the controlling terminal
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "aspo.py"), "--steps", "6", "--out", str(run), *FLAGS], env=ENV,
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))  # which makes it the controlling terminal
     os.close(slave)
     seen = b""
     while b"step 2/6" not in seen:
@@ -357,7 +365,7 @@ def test_a_terminal_that_is_closed(tmp_path, finished):
     same(run, finished)
 
 
-# ------------------------------------------------------------------------------------------------- disks and permissions
+# ------------------------------------------------------------------------------------------------ disks and permissions
 
 
 def limit_files(size):
@@ -368,11 +376,11 @@ def limit_files(size):
 @pytest.mark.parametrize("kind", ["checkpoint", "log", "device"])
 def test_a_full_disk_keeps_the_last_checkpoint(kind, run, finished):
     back_to(run, 3)
-    trainer, logs = (run / "checkpoint" / "trainer.pt").stat().st_size, (run / "samples.jsonl").read_text().splitlines(True)
     if kind == "checkpoint":
-        words, before = "cannot save step 4", limit_files(trainer // 2)
-    elif kind == "log":  # it is 3 steps long and half of the fourth
-        words, before = "cannot write step 4 to", limit_files(sum(len(t) for t in logs if json.loads(t)["step"] < 4) + 300)
+        words, before = "cannot save step 4", limit_files((run / "checkpoint" / "trainer.pt").stat().st_size // 2)
+    elif kind == "log":  # room for 3 steps and a part of the fourth
+        logged = [text for text in (run / "samples.jsonl").read_text().splitlines(True) if json.loads(text)["step"] < 4]
+        words, before = "cannot write step 4 to", limit_files(len("".join(logged)) + 300)
     else:
         words = f"cannot save step 4 in {run}/checkpoint.tmp: [Errno {errno.EIO}] {os.strerror(errno.EIO)}"
         before = f"import os\ndef fsync(fd): raise OSError({errno.EIO}, {os.strerror(errno.EIO)!r})\nos.fsync = fsync"
@@ -384,9 +392,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(kind, run, finished):
 
 def test_a_full_disk_keeps_the_settings(run, tmp_path):
     before = (run / "config.json").read_text()
-    check_line(resume(run, "--steps", 9, status=2, before=limit_files(100)).err, f"cannot write in --out {run}")
+    check_line(resume(run, "--steps", 9, status=2, before=limit_files(600)).err, f"cannot write in --out {run}")
     assert (run / "config.json").read_text() == before
-    check_line(run_script("--out", tmp_path / "new", *FLAGS, status=2, before=limit_files(100)).err, f"--out {tmp_path / 'new'}")
+    new = tmp_path / "new"
+    check_line(run_script("--out", new, *FLAGS, status=2, before=limit_files(600)).err, f"cannot write in --out {new}")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
@@ -407,7 +416,7 @@ def test_a_group_may_read_what_its_umask_lets_it(run):
     assert set(modes.values()) == {"0o664"} and "model.safetensors" in modes, modes
 
 
-# ------------------------------------------------------------------------------------------------- models that are broken
+# ----------------------------------------------------------------------------------------------- models that are broken
 
 
 @pytest.fixture
@@ -465,14 +474,16 @@ def test_a_model_that_never_knew_anything_is_not_saved_as_nan(tmp_path, refused,
 
 def test_weights_that_are_not_finite_are_named(learned, refused, tmp_path):
     nan_weight(learned)
-    refused(["--model", learned, "--data", "arithmetic", "--out", tmp_path / "run"], "not finite, first in model.norm.weight")
+    flags = ["--model", learned, "--data", "arithmetic", "--out", tmp_path / "run"]
+    refused(flags, f"--model {learned}", "not finite, first in model.norm.weight")
     assert not (tmp_path / "run").exists()
 
 
 def test_code_that_a_model_brings_is_not_run(learned, refused, tmp_path, monkeypatch):
     """As `yes | python aspo.py`: nobody is asked, either."""
     marker = tmp_path / "it ran"
-    (learned / "own.py").write_text(f"open({str(marker)!r}, 'w')\nfrom transformers import Qwen2Config as Own, Qwen2ForCausalLM as Net\n")
+    (learned / "own.py").write_text(f"open({str(marker)!r}, 'w')\n"
+                                    "from transformers import Qwen2Config as Own, Qwen2ForCausalLM as Net\n")
     config = json.loads((learned / "config.json").read_text())
     (learned / "config.json").write_text(json.dumps(
         config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Net"}}))
@@ -506,14 +517,14 @@ def test_a_seed_of_any_size(tmp_path, quiet_signals):
         assert aspo.main(["--seed", str(seed), "--steps", "1", "--out", str(tmp_path / str(seed)), *FLAGS]) == 0
 
 
-# ------------------------------------------------------------------------------------------- inside one optimiser step
+# -------------------------------------------------------------------------------------------- inside one optimiser step
 
 
 def make_policy(tiny, **settings):
     """A policy of the tiny model with plain gradient descent: Adam would hide what a gradient's size is."""
-    cfg = Config(**dict(minibatch=1, epochs=1, group_size=4, prompts=2, instruction="", max_new_tokens=16, grad_clip=1e9) | settings)
+    common = dict(minibatch=1, epochs=1, group_size=4, prompts=2, instruction="", max_new_tokens=16, grad_clip=1e9)
     torch.manual_seed(0)
-    policy = Policy(*tiny, cfg, [aspo.make_problem({"problem": "1+2", "answer": "3"})])
+    policy = Policy(*tiny, Config(**common | settings), [aspo.make_problem({"problem": "1+2", "answer": "3"})])
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     policy.schedule = torch.optim.lr_scheduler.ConstantLR(policy.optimizer, 1.0)
     return policy
@@ -561,7 +572,7 @@ def test_many_skipped_steps_end_the_run_with_a_good_checkpoint(tmp_path, monkeyp
 
 
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny):
-    """fp16's loss scaling is only logic, and runs on a CPU: a scale of 2^127 overflows until it has been halved enough."""
+    """fp16's loss scaling is only logic, and runs on a CPU: 2^127 overflows until it has been halved enough."""
     policy = make_policy(tiny, epochs=10)
     policy.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
     before = weights(policy)
@@ -583,12 +594,12 @@ def test_a_scaled_step_is_the_plain_one(tiny):
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-# ------------------------------------------------------------------------------------------------------- out of memory
+# -------------------------------------------------------------------------------------------------------- out of memory
 
 
 ERRORS = {"CUDA": torch.OutOfMemoryError("CUDA out of memory"), "Python": MemoryError(),
           "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-          "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+          "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
           "Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")}
 
 

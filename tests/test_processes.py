@@ -1,4 +1,4 @@
-"""More than one process, on a CPU with gloo: the same update, each with its part of the model, resuming with another number, a death."""
+"""More than one process, on a CPU with gloo: the same update, a part of the model each, other numbers, a death."""
 import json
 import os
 import signal
@@ -51,7 +51,8 @@ def updates(path):
         if name == "frozen and unused":
             model.model.layers[0].mlp.requires_grad_(False)
             model.model.layers[1].unused = torch.nn.Linear(3, 3)
-        cfg = aspo.Config(**dict(prompts=8, minibatch=4, group_size=4, epochs=2, max_new_tokens=30, instruction="") | settings)
+        common = dict(prompts=8, minibatch=4, group_size=4, epochs=2, max_new_tokens=30, instruction="")
+        cfg = aspo.Config(**common | settings)
         policy = aspo.Policy(model, tokenizer, cfg, [aspo.make_problem({"problem": "1+2", "answer": "3"})])
         if cfg.kl_coef:
             torch.manual_seed(2)
@@ -121,11 +122,13 @@ def test_a_run_moves_between_numbers_of_processes(tmp_path):
     assert out.count("held-out accuracy before RL") == 1 and "2 x cpu" in out  # rank 0 alone speaks
     keys = load_file(run / "checkpoint" / "model.safetensors").keys()
     run_several(1, "--resume", run, "--steps", 4, "--gradient_checkpointing")
-    assert load_file(run / "checkpoint" / "model.safetensors").keys() == keys and "lm_head.weight" not in keys  # it is tied
+    assert load_file(run / "checkpoint" / "model.safetensors").keys() == keys
+    assert "lm_head.weight" not in keys  # it is tied
     run_several(2, "--resume", run, "--steps", 6, "--engine", "plain")
     metrics = lines(run)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    assert all(m["tokens"] == pytest.approx(16 * m["response_length"]) for m in metrics)  # 4 prompts x 4, over all processes
+    # 4 prompts x 4, over all processes
+    assert all(m["tokens"] == pytest.approx(16 * m["response_length"]) for m in metrics)
     assert all(m["grad_norm"] > 0 and m["sampler_mismatch"] < 1e-4 for m in metrics)
     assert load_file(run / "checkpoint" / "model.safetensors").keys() == keys
     state = torch.load(run / "checkpoint" / "trainer.pt", weights_only=True)
