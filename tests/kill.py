@@ -1,38 +1,29 @@
 """Kill a run with SIGKILL again and again, also in the middle of saves, and compare it with one that was never stopped.
 
-    python tests/kill.py 24       # 24 kills, about 3 minutes
+    python tests/kill.py 24       # 24 kills, about a minute
 """
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from processes import Process, run
 from safetensors.torch import load_file
 
-ASPO = Path(__file__).resolve().parent.parent / "aspo.py"
 FLAGS = ("--sft_steps 20 --prompts 4 --group_size 4 --minibatch 2 --max_new_tokens 16 --lr 2e-5 --eval_problems 8 "
-         "--overlong_buffer 15 --eval_every 7 --log_samples_every 3 --save_every 1 --keep 2 --device cpu").split()
-
-
-def start(*arguments) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ASPO), *map(str, arguments)], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def finish(process: subprocess.Popen) -> None:
-    error = process.communicate()[1]
-    assert process.returncode == 0, error[-2000:]
+         "--overlong_buffer 15 --eval_every 7 --save_every 1 --device cpu").split()
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """Every line must parse: a torn one raises."""
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    """Every line must be JSON, which has no NaN: a torn one raises."""
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (run / name).read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.endswith("_seconds")} for row in rows]
 
 
@@ -47,13 +38,15 @@ def kill_and_compare(kills: int, folder: Path, steps: int, seed: int = 0) -> dic
     """Returns how often the kill hit a save, another moment after the first checkpoint, or one before it."""
     rng = random.Random(seed)
     whole, broken = folder / "whole", folder / "broken"
-    finish(start("--steps", steps, "--out", whole, *FLAGS))
+    run("--steps", steps, "--out", whole, *FLAGS)
     assert sum(row["grad_norm"] > 0 for row in lines(whole)) > steps / 2, "too little was learned to tell runs apart"
     hits = {"save": 0, "later": 0, "early": 0}
     while sum(hits.values()) < kills:
-        shutil.rmtree(broken / "checkpoint.tmp", ignore_errors=True)  # of the last kill, so that this one's is not mistaken
+        shutil.rmtree(broken / "checkpoint.tmp", ignore_errors=True)  # of the last kill: not to be taken for this one's
         again = (broken / "config.json").exists()
-        process = start("--resume", broken) if again else start("--steps", steps, "--out", broken, *FLAGS)
+        if not again:
+            shutil.rmtree(broken, ignore_errors=True)  # killed before it began
+        process = Process("--resume", broken) if again else Process("--steps", steps, "--out", broken, *FLAGS)
         if rng.random() < 0.5:  # as soon as a save begins, or a little after
             while not (broken / "checkpoint.tmp").exists() and process.poll() is None:
                 time.sleep(0.0005)
@@ -65,13 +58,14 @@ def kill_and_compare(kills: int, folder: Path, steps: int, seed: int = 0) -> dic
         if process.poll() is not None:  # it was faster: nothing was killed
             if process.returncode == 0:
                 break
-            finish(process)
+            raise AssertionError(f"status {process.returncode}: {process.err[-2000:]}")
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        saving = (broken / "checkpoint.tmp").exists() or not (broken / "checkpoint").exists() and any(broken.glob("checkpoint-*"))
-        hits["save" if saving else "later" if (broken / "checkpoint").exists() else "early"] += 1
+        process.wait()
+        saved = (broken / "checkpoint").exists()
+        saving = (broken / "checkpoint.tmp").exists() or not saved and any(broken.glob("checkpoint-*"))
+        hits["save" if saving else "later" if saved else "early"] += 1
     if lines(broken)[-1:] != lines(whole)[-1:] or not (broken / "checkpoint").exists():
-        finish(start("--resume", broken))
+        run("--resume", broken)
     same(broken, whole)
     return hits
 
@@ -80,5 +74,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         hits = kill_and_compare(int(sys.argv[1]) if len(sys.argv) > 1 else 24, Path(folder), steps=60)
         print(f"{sum(hits.values())} kills ({hits['save']} in a save, {hits['later']} at other moments after the first "
-              f"checkpoint, {hits['early']} before it): metrics.jsonl, samples.jsonl and the final weights are those of the run "
-              "never stopped")
+              f"checkpoint, {hits['early']} before it): metrics.jsonl, samples.jsonl and the final weights are "
+              "those of the run never stopped")

@@ -1,4 +1,4 @@
-"""The real script: whole runs as a subprocess, data loading, and what it says to bad input."""
+"""The real script: whole runs, what is in their folder, what they say, and what they answer to bad input."""
 import copy
 import json
 import subprocess
@@ -9,47 +9,62 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT
+from kill import lines
+from processes import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aspo
-from aspo import METRICS, Config, UserError
+from aspo import Config, UserError
 
-SMALL = ["--steps", "3", "--sft_steps", "30", "--prompts", "8", "--minibatch", "4", "--group_size", "4", "--eval_problems", "8",
-         "--eval_every", "2", "--max_new_tokens", "16", "--log_samples_every", "2"]
+SMALL = ("--steps 3 --sft_steps 30 --prompts 8 --minibatch 4 --group_size 4 --eval_problems 8 --eval_every 2 "
+         "--max_new_tokens 16 --lr 1e-4").split()
+KEYS = {"step", "reward", "reward_std", "accuracy", "entropy", "response_length", "truncated", "repetition",
+        "uniform_groups", "tokens", "grad_norm", "skipped_steps", "approx_kl", "sampler_mismatch", "lr",
+        "sample_seconds", "update_seconds",
+        *(f"{name}_{sign}" for sign in ("pos", "neg") for name in ("ratio", "weight", "clip_frac", "dual_clip_frac")),
+        "weight_pos_low", "weight_pos_high", "weight_neg_low", "weight_neg_high"}
+OF_SIGNS = {key for key in KEYS if "_pos" in key or "_neg" in key}
 
 
-def run(*args, cwd=ROOT):
-    result = subprocess.run([sys.executable, str(ROOT / "aspo.py"), *args], cwd=cwd, capture_output=True, timeout=240)
-    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()  # text=True would turn \r into \n
-    return result
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture(autouse=True)
+def quiet_signals(monkeypatch):
+    """Leaves the test runner's own signal handlers in place."""
+    monkeypatch.setattr(aspo.Run, "listen", lambda run: None)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "one"
-    result = run("--out", str(out), *SMALL)
-    assert result.returncode == 0, result.stderr
-    return out, result
+    return out, run("--out", out, *SMALL)
 
 
 def test_run_folder(finished):
     out, _ = finished
-    metrics = rows(out / "metrics.jsonl")
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3]
     for m in metrics:
-        expected = set(METRICS) - {"kl_ref"} - ({"heldout_accuracy"} if m["step"] == 1 else set())
-        assert set(m) == expected
+        assert set(m) == KEYS | ({"heldout_accuracy"} if m["step"] > 1 else set())
         assert 0 <= m["accuracy"] <= 1 and m["entropy"] > 0 and m["tokens"] == 32 * m["response_length"]
-        assert m["reward"] == m["accuracy"] and 1 <= m["response_length"] <= 16
-    samples = rows(out / "samples.jsonl")
-    assert {s["step"] for s in samples} == {1, 2}
+        assert m["reward"] == m["accuracy"] and 1 <= m["response_length"] <= 16 and 0 <= m["truncated"] <= 1
+        assert m["sample_seconds"] > 0 and m["update_seconds"] > 0
+    samples = lines(out, "samples.jsonl")
+    assert {s["step"] for s in samples} == {1, 2, 3} and len(samples) == 3 * 4 * 4  # four groups a step
     assert set(samples[0]) == {"step", "problem", "prompt", "response", "gold", "reward", "advantage"}
-    assert json.loads((out / "config.json").read_text())["loss"] == "aspo"
+    config = json.loads((out / "config.json").read_text())
+    assert config["loss"] == "aspo" and config["steps"] == 3 and set(config) == set(Config.__dataclass_fields__)
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "config.json", "metrics.jsonl", "samples.jsonl"]
+
+
+def test_metrics_of_a_step_without_a_signal_are_null(tmp_path, monkeypatch):
+    """Every group uniform: the keys are there, as always."""
+    monkeypatch.setattr(aspo, "right_answer", lambda response, problem: 0.0)
+    monkeypatch.setattr(aspo, "math_reward", lambda response, gold: 0.0)
+    out = tmp_path / "run"
+    assert aspo.main([*SMALL, "--steps", "1", "--sft_steps", "5", "--out", str(out)]) == 0
+    row, = lines(out)
+    assert set(row) == {key for key in KEYS if "seconds" not in key} | {"heldout_accuracy"}
+    assert {key for key, value in row.items() if value is None} == OF_SIGNS | {"approx_kl", "sampler_mismatch"}
+    assert row["grad_norm"] == 0 and row["uniform_groups"] == 8 and row["skipped_steps"] == 0
 
 
 def test_checkpoint_loads_and_generates(finished):
@@ -57,57 +72,62 @@ def test_checkpoint_loads_and_generates(finished):
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
     assert tokenizer.decode(tokenizer("3+1\n#### 4").input_ids) == "3+1\n#### 4"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "1+2+3+4"}], tokenize=False, add_generation_prompt=True)
+    chat = [{"role": "user", "content": "1+2+3+4"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "1+2+3+4="
     assert model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5, do_sample=False).shape[1] > 8
 
 
 def test_screen_tells_what_happens(finished):
-    out, result = finished
-    for words in ("0.3 M parameters", "cpu", "float32", "617 problems", "up to 512 tokens a step", "2 mini-batches x 2 epochs",
-                  "step 3/3", "entropy", "ratio A>0", "cut off", "tokens/s", "held-out accuracy", str(out), "next: python aspo.py"):
-        assert words in result.stdout, words
-    for bar in ("warm-up", "sampling", "updating"):
-        assert bar in result.stderr, bar
-    assert "\n" not in result.stderr.strip()  # bars redraw their line
-    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+    out, process = finished
+    for words in ("0.3 M parameters", "cpu", "float32", "engine fast", "617 problems", "up to 512 tokens a step",
+                  "2 mini-batches x 2 epochs", "a prompt '", "the answer is", "a response ", "step 3/3", "entropy",
+                  "ratio A>0", "cut off", "tokens/s", "held-out accuracy", str(out), "next: "):
+        assert words in process.out, words
+    assert process.err == ""  # bars are for terminals
 
 
 def test_same_seed_same_metrics(finished, tmp_path):
     out, _ = finished
-    assert run("--out", str(tmp_path / "two"), *SMALL).returncode == 0
-    drop_times = lambda path: [{k: v for k, v in m.items() if "seconds" not in k} for m in rows(path / "metrics.jsonl")]
-    assert drop_times(out) == drop_times(tmp_path / "two")
+    run("--out", tmp_path / "two", *SMALL)
+    assert lines(out) == lines(tmp_path / "two")
     assert (out / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
+    assert aspo.main([*SMALL, "--steps", "1", "--seed", "1", "--out", str(tmp_path / "three")]) == 0
+    assert lines(tmp_path / "three", "samples.jsonl")[0] != lines(out, "samples.jsonl")[0]
 
 
-def test_a_local_model_a_jsonl_file_and_every_option(finished, tmp_path, capsys):
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_a_local_model_a_jsonl_file_and_every_option(engine, finished, tmp_path, capsys):
     """A finished run is a model folder like any other; the options all at once, with the KL's reference model."""
     out, _ = finished
     data = tmp_path / "sums.jsonl"
-    data.write_text("".join(json.dumps({"problem": f"{a}+{b}+1+2", "answer": a + b + 3}) + "\n" for a in range(1, 6) for b in range(1, 6)))
-    code = aspo.main(["--model", str(out / "checkpoint"), "--data", str(data), "--instruction", "", "--out", str(tmp_path / "r"),
-                      "--loss", "grpo", "--kl_coef", "0.01", "--entropy_clip", "--loss_agg", "sequence", "--max_refills", "1",
-                      "--overlong_buffer", "4", "--mask_truncated", "--drop_uniform_groups", "--gradient_checkpointing",
-                      "--micro_tokens", "100", "--sample_rows", "8", "--lr", "1e-4", "--temperature", "0.9",
-                      *SMALL[:2], *SMALL[4:]])
-    assert code == 0
-    metrics = rows(tmp_path / "r" / "metrics.jsonl")
-    assert metrics[0]["kl_ref"] < metrics[-1]["kl_ref"]
-    assert "20 problems to train on, 5 held out" in capsys.readouterr().out
+    data.write_text("".join(json.dumps({"problem": f"{a}+{b}+1+2", "answer": a + b + 3}) + "\n"
+                            for a in range(1, 6) for b in range(1, 6)))
+    options = ("--loss grpo --kl_coef 0.01 --entropy_clip --loss_agg sequence --max_refills 1 --overlong_buffer 4 "
+               "--mask_truncated --gradient_checkpointing --tis_cap 2 --micro_tokens 100 --sample_rows 8 "
+               f"--temperature 0.9 --engine {engine}").split()
+    assert aspo.main(["--model", str(out / "checkpoint"), "--data", str(data), "--instruction", "",
+                      "--out", str(tmp_path / "r"), *options, *SMALL]) == 0
+    metrics = lines(tmp_path / "r")
+    assert metrics[0]["kl_ref"] < metrics[-1]["kl_ref"] and metrics[-1]["sampler_mismatch"] < 1e-4
+    said = capsys.readouterr().out
+    assert "20 problems to train on, 5 held out" in said and f"engine {engine}" in said
 
 
 def test_reference_model_only_for_kl(tmp_path, monkeypatch):
     copies = []
-    monkeypatch.setattr(aspo, "copy", types.SimpleNamespace(deepcopy=lambda model: copies.append(1) or copy.deepcopy(model)))
-    assert aspo.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "a")]) == 0 and not copies
-    assert aspo.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "b"), "--kl_coef", "0.1"]) == 0 and copies
+    counted = types.SimpleNamespace(deepcopy=lambda model: copies.append(1) or copy.deepcopy(model))
+    monkeypatch.setattr(aspo, "copy", counted)
+    one = [*SMALL, "--steps", "1", "--sft_steps", "5"]
+    assert aspo.main([*one, "--out", str(tmp_path / "a")]) == 0 and not copies
+    assert aspo.main([*one, "--out", str(tmp_path / "b"), "--kl_coef", "0.1"]) == 0 and copies
+    assert "kl_ref" in lines(tmp_path / "b")[0] and "kl_ref" not in lines(tmp_path / "a")[0]
 
 
 @pytest.mark.parametrize("loss", [loss for loss in aspo.WEIGHTS if loss not in ("aspo", "grpo")])
 def test_every_loss_runs(loss, tmp_path):
     assert aspo.main([*SMALL, "--steps", "1", "--sft_steps", "5", "--loss", loss, "--out", str(tmp_path / "run")]) == 0
-    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["grad_norm"] >= 0
+    assert lines(tmp_path / "run")[0]["grad_norm"] >= 0
 
 
 def test_warnings_are_said_once_in_plain_words(tmp_path, capsys):
@@ -133,23 +153,27 @@ BAD = {
     "unknown flag": (["--los", "grpo"], "--los"),
     "not a number": (["--lr", "fast"], "--lr"),
     "group of one": (["--group_size", "1"], "--group_size must be at least 2"),
-    "negative size": (["--prompts", "-4"], "--prompts must be positive"),
-    "zero tokens": (["--max_new_tokens", "0"], "--max_new_tokens must be positive"),
-    "not a number at all": (["--lr", "nan"], "--lr must be positive"),
-    "negative share": (["--sft_slip", "-0.1"], "--sft_slip must not be negative"),
-    "more than all": (["--sft_slip", "1.5"], "--sft_slip is a share"),
+    "negative size": (["--prompts", "-4"], "--prompts must be at least 1"),
+    "zero tokens": (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+    "not a number at all": (["--lr", "nan"], "--lr must be at least 0"),
+    "negative penalty": (["--kl_coef", "-0.1"], "--kl_coef must be at least 0"),
+    "infinite": (["--grad_clip", "inf"], "--grad_clip must be at least 0, got inf"),
+    "unknown engine": (["--engine", "slow"], "choose from auto, fast, plain"),
+    "unknown mean": (["--loss_agg", "median"], "choose from token, sequence, constant"),
+    "neither true nor false": (["--mask_truncated", "maybe"], "--mask_truncated"),
+    "a penalty from the start": (["--overlong_buffer", "40"], "smaller than --max_new_tokens 40"),
     "uneven mini-batches": (["--prompts", "10", "--minibatch", "4"], "must divide"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
-    "missing model": (["--model", "./no/such/model"], "--model ./no/such/model"),
+    "missing model": (["--model", "./no/such/model", "--data", "arithmetic"], "--model ./no/such/model"),
     "missing data": (["--data", "no.jsonl"], "no.jsonl"),
     "empty data": (lambda p: bad_data(p, "\n\n"), "holds no problems"),
     "line is not JSON": (lambda p: bad_data(p, GOOD + "nonsense\n"), "line 2"),
     "line is no object": (lambda p: bad_data(p, GOOD + "3\n"), "line 2"),
     "answer missing": (lambda p: bad_data(p, GOOD + GOOD + '{"problem": "1"}\n'), "line 3"),
     "answer empty": (lambda p: bad_data(p, '{"problem": "1", "answer": " "}\n'), "line 1"),
-    "answer is a list": (lambda p: bad_data(p, '{"problem": "1", "answer": [1]}\n'), "line 1"),
     "one problem only": (lambda p: bad_data(p, GOOD), "nothing to train on"),
-    "prompt too long": (lambda p: bad_data(p, GOOD + json.dumps({"problem": "1+" * 200 + "1", "answer": "201"})), "context of 256"),
+    "prompt too long": (lambda p: bad_data(p, GOOD + json.dumps({"problem": "1+" * 200 + "1", "answer": "201"})),
+                        "context of 256"),
     "characters unknown": (lambda p: bad_data(p, GOOD + '{"problem": "one", "answer": "1"}'), "tiny model reads only"),
 }
 
@@ -164,81 +188,88 @@ def test_bad_input_gets_one_line_and_nothing_is_written(case, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+GONE = ["cuda_graphs", "drop_uniform_groups", "fsdp", "rehearse", "sft_slip", "keep", "log_samples_every"]
+
+
+@pytest.mark.parametrize("flag", GONE)
+def test_flags_that_went_are_refused_as_any_other(flag, tmp_path, capsys):
+    assert aspo.main([f"--{flag}", "1", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: unrecognized arguments: --{flag} 1; see python aspo.py --help\n"
+
+
 def test_an_existing_run_is_not_touched(finished):
     out, _ = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    result = run("--out", str(out), *SMALL)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "exists" in result.stderr and "--out" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    process = run("--out", out, *SMALL, status=2)
+    assert "exists" in process.err and f"--resume {out}" in process.err and "--out" in process.err
+    assert len(process.err.strip().splitlines()) == 1 and not process.out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 def test_hub_without_a_network(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nmore")))
+    def load(*args, **options):
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert aspo.main(["--data", "gsm8k", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "openai/gsm8k" in error and "no route" in error and len(error.strip().splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-HUB = {  # made-up rows with the real columns
-    "gsm8k": dict(question="2 and 2?", answer="It is 2+2=<<2+2=4>>4.\n#### 4"),
-    "svamp": dict(ID="c", Body="I have 2.", Question="And 2 more?", Equation="( 2.0 + 2.0 )", Answer="4", Type="Addition"),
-    "math": dict(problem="2 and 2?", level="Level 1", type="Algebra", solution="Adding, \\boxed{4}."),
-    "someone/else": dict(prompt="2 and 2?", final_answer=["4"]),
-}
-
-
-@pytest.mark.parametrize("name", HUB)
-def test_hub_columns(name, monkeypatch):
-    asked = []
-    row = HUB[name]
-    other = {k: (v[:-1] + ["5"] if isinstance(v, list) else v.replace("2", "3")) for k, v in row.items()}
-
-    def load(*args, **kwargs):
-        asked.append(args)
-        return datasets.DatasetDict(train=datasets.Dataset.from_list([row]), test=datasets.Dataset.from_list([other]))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    train, heldout = aspo.load_problems(Config(data=name))
-    assert "/" in asked[0][0]
-    assert [r["answer"] for r in train] == ["4"] and train[0]["problem"].endswith(("2 and 2?", "And 2 more?"))
-    assert "3" in heldout[0]["problem"]
-
-
-def test_shared_data_splits_without_overlap(shared):
-    train, heldout = aspo.load_problems(Config(data=str(shared / "data" / "svamp.jsonl"), eval_problems=50))
-    assert len(heldout) == 50 and not {r["problem"] for r in heldout} & {r["problem"] for r in train}
-    again = aspo.load_problems(Config(data=str(shared / "data" / "svamp.jsonl"), eval_problems=50, seed=7))
-    assert again[1] == heldout
-
-
-def test_arithmetic_holds_out_problems():
-    train, heldout = aspo.load_problems(Config(data="arithmetic", eval_problems=128))
-    assert len(train) + len(heldout) == 625 and len(heldout) == 125
-    assert all(str(sum(map(int, r["problem"].split("+")))) == r["answer"] for r in train)
-
-
 def test_presets_and_flags():
     cfg = aspo.parse(["--model", "qwen-0.5b"])
-    assert cfg.data == "gsm8k" and cfg.gradient_checkpointing and "\\boxed" in cfg.instruction and cfg.out == "runs/qwen-0.5b-aspo-s0"
+    assert cfg.data == "gsm8k" and cfg.gradient_checkpointing
+    assert "\\boxed" in cfg.instruction and cfg.out == "runs/qwen-0.5b-aspo-s0"
     assert aspo.parse(["--model", "qwen-0.5b", "--gradient_checkpointing", "false"]).gradient_checkpointing is False
-    assert aspo.parse(["--lr", "0.5"]).lr == 0.5 and aspo.parse([]).data == "arithmetic" and aspo.parse([]).instruction == ""
-    assert set(aspo.PRESETS) == {"tiny", "smollm2-135m", "qwen-0.5b", "qwen3-0.6b", "qwen-1.5b", "qwen-math-1.5b", "r1-1.5b"}
-    assert all(name in Config.__dataclass_fields__["loss"].metadata["help"] for name in aspo.WEIGHTS)
+    assert aspo.parse(["--lr", "0.5"]).lr == 0.5
+    assert aspo.parse([]).data == "arithmetic" and aspo.parse([]).instruction == ""
+    assert set(aspo.PRESETS) == {
+        "tiny", "smollm2-135m", "qwen-0.5b", "qwen3-0.6b", "qwen-1.5b", "qwen-math-1.5b", "r1-1.5b"}
+    assert aspo.parse(["--lr", "0.5"]).max_new_tokens == 40 and aspo.parse(["--model", "x/y"]).max_new_tokens == 512
+    assert aspo.parse(["--loss", "gspo"]).eps_low == 3e-4
+    assert aspo.parse(["--loss", "gspo", "--eps_low", "0.1"]).eps_low == 0.1
+    assert aspo.parse(["--mask_truncated"]).mask_truncated is True
 
 
-def test_help_lists_every_knob():
-    result = run("--help")
-    assert result.returncode == 0
+def test_help_lists_every_knob_with_what_it_does():
+    text = run("--help").out
     for name in Config.__dataclass_fields__:
-        assert f"--{name}" in result.stdout
+        assert f"--{name} " in text
+    assert all(name in text for name in aspo.WEIGHTS)
+    assert "AdamW learning rate" in text and "arXiv" not in text.split("options:")[0]
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    code = "import aspo, torch; from aspo import WEIGHTS, policy_loss, group_advantages, Config; print(sorted(WEIGHTS))"
+    """No file, no group of processes, no changed threads, signals, streams or random state; and the public names."""
+    code = """
+import random, signal, sys, torch
+state, streams = torch.random.get_rng_state(), (sys.stdout, sys.stderr)
+handlers = [signal.getsignal(n) for n in range(1, 32)]
+python, threads = random.getstate(), torch.get_num_threads()
+import aspo
+from aspo import Config, WEIGHTS, policy_loss, group_advantages, ratio, unclipped, Sample, train, parse, main
+from aspo import load_model, tiny_model, read_jsonl, load_problems, UserError
+assert state.equal(torch.random.get_rng_state()) and handlers == [signal.getsignal(n) for n in range(1, 32)]
+assert streams == (sys.stdout, sys.stderr) and not torch.distributed.is_initialized()
+assert python == random.getstate() and threads == torch.get_num_threads() and torch.is_grad_enabled()
+assert torch.get_default_dtype() == torch.float32 and "datasets" not in sys.modules
+print(sorted(WEIGHTS))
+"""
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""},
                             capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "aspo" in result.stdout and not list(tmp_path.iterdir())
+    assert result.returncode == 0 and "aspo" in result.stdout and not result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_is_a_function_that_returns_the_last_metrics(tmp_path, capsys):
+    """In a program of one's own: settings without a command line, errors as exceptions, and a run goes on from it."""
+    cfg = Config(out=str(tmp_path / "run"), data="arithmetic", steps=1, sft_steps=5, prompts=2, minibatch=2,
+                 group_size=2, max_new_tokens=8, eval_problems=2)
+    metrics = aspo.train(cfg)
+    assert metrics["step"] == 1 and metrics["heldout_accuracy"] is not None
+    assert metrics["reward"] == lines(tmp_path / "run")[0]["reward"]
+    with pytest.raises(UserError, match="exists"):
+        aspo.train(cfg)
+    again = aspo.train(aspo.parse(["--resume", cfg.out, "--steps", "2"]))
+    assert again["step"] == 2 and torch.get_default_dtype() == torch.float32
