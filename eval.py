@@ -6,8 +6,8 @@
     python eval.py compare runs/A runs/B ... --out a.png     # training curves by loss, over seeds
     python eval.py weights --out b.png                       # every method's weight by the ratio
 
-Samples and rewards come from aspo.py, so that training and evaluation cannot disagree. Each sample
-is a line of BENCH.jsonl: what was killed goes on when it is typed again, and ends the same.
+Samples and rewards are aspo.py's, so that training and evaluation cannot disagree. Each sample is
+a line of BENCH.jsonl: what was killed goes on when it is typed again, and ends the same.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import json
 import math
 import os
 import random
-import statistics
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
@@ -56,14 +56,15 @@ def load_bench(name: str) -> list[dict]:
     with explain(f"cannot load --bench {name} ({hub_id} on the hub)"):
         from datasets import load_dataset
 
-        for row in load_dataset(hub_id, configuration, split=split):
+        rows = load_dataset(hub_id, configuration, split=split)
+        for row in rows:
             try:
                 problems.append(aspo.make_problem(row))
             except ValueError as error:
                 failures.append(error)
         if failures:  # a part of a benchmark is another benchmark
-            raise ValueError(f"{len(failures)} of {len(problems) + len(failures)} problems have no "
-                             f"answer; the first: {failures[0]}")
+            raise ValueError(f"{len(failures)} of {len(rows)} problems have no answer; the first: "
+                             f"{failures[0]}")
     return problems
 
 
@@ -72,7 +73,7 @@ def load_bench(name: str) -> list[dict]:
 def pass_at(n: int, correct: int, k: int) -> float:
     """Probability that k of n samples, `correct` of them right, hold a right one.
 
-    1 - C(n - c, k) / C(n, k) is unbiased (arXiv 2107.03374). ValueError unless 1 <= k <= n.
+    Unbiased, arXiv 2107.03374. Raises ValueError unless 1 <= k <= n.
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs at least {k} samples and k >= 1, got {n}")
@@ -82,8 +83,7 @@ def pass_at(n: int, correct: int, k: int) -> float:
 def majority(answers: list[str | None], correct: list[bool]) -> float:
     """maj@k: is the most frequent answer right? Equal ones vote together, None does not vote.
 
-    Its share of right responses: what was cut off is wrong whatever it says, and so is "2 + 3" for
-    5. Of several most frequent answers, the share over all.
+    The share, as not all of one answer need be right: "2 + 3" is not for 5, nor what was cut off.
     """
     votes = []  # an answer, and whether each response that gave it is right
     for answer, right in zip(answers, correct):
@@ -97,7 +97,7 @@ def majority(answers: list[str | None], correct: list[bool]) -> float:
             votes.append((answer, [right]))
     most = max((len(rights) for _, rights in votes), default=0)
     top = [right for _, rights in votes if len(rights) == most for right in rights]
-    return sum(top) / len(top) if top else 0.0
+    return fmean(top) if top else 0.0
 
 
 def interval(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
@@ -114,7 +114,7 @@ def interval(values: list[float], resamples: int = 10_000) -> tuple[float, float
 
 def accuracies(rows: list[dict], k: int) -> list[float]:
     """avg@k of each problem, whose k samples stand side by side."""
-    return [statistics.fmean(row["correct"] for row in group) for group in aspo.chunks(rows, k)]
+    return [fmean(row["correct"] for row in group) for group in aspo.chunks(rows, k)]
 
 
 def scores(rows: list[dict], k: int) -> dict:
@@ -129,9 +129,9 @@ def scores(rows: list[dict], k: int) -> dict:
                           for group, correct in zip(groups, right)]
     found = {"problems": len(groups), "samples": len(rows)}
     for name, x in values.items():
-        found[name] = {"value": statistics.fmean(x), "interval": interval(x)}
+        found[name] = {"value": fmean(x), "interval": interval(x)}
     for name in ("truncated", "tokens", "repetition"):
-        found[name] = statistics.fmean(row[name] for row in rows)
+        found[name] = fmean(row[name] for row in rows)
     found["response_length"] = found.pop("tokens")
     return found
 
@@ -143,10 +143,7 @@ KNOBS = (*SETTINGS, "engine", "device")
 
 
 def config_of(name: str, args: argparse.Namespace) -> Config:
-    """The Config of a run or one of its checkpoints, else of a model, with what was typed.
-
-    Its `out` is the folder of results, and its `resume` the run, if it is one.
-    """
+    """Settings of a run (`resume`) or its checkpoint, or of a model; `out` is for the results."""
     path = Path(name).absolute()  # "." gets a name
     run = path.parent if (path / "trainer.pt").exists() else path
     if (run / "metrics.jsonl").exists():
@@ -171,9 +168,10 @@ def open_results(path: Path, settings: dict) -> dict:
         with explain(f"{path} is damaged; choose another --out"):
             results = json.loads(path.read_text())
             for key, value in settings.items():
-                if results["settings"].get(key) != value:
-                    raise UserError(f"{path} is of {key} {results['settings'].get(key)!r}, not "
-                                    f"{value!r}; choose another --out")
+                before = results["settings"].get(key)
+                if before != value:
+                    raise UserError(
+                        f"{path} is of {key} {before!r}, not {value!r}; choose another --out")
     return results
 
 
@@ -184,7 +182,7 @@ def finished(path: Path, problems: list[dict], k: int, chunk: int) -> list[dict]
     with contextlib.suppress(ValueError):  # a torn line
         for line in lines:
             rows.append(json.loads(line))
-    expected = [(problem["problem"], problem["answer"]) for problem in problems for _ in range(k)]
+    expected = [(p["problem"], p["answer"]) for p in problems for _ in range(k)]
     if [(row.get("problem"), row.get("gold")) for row in rows] != expected[:len(rows)]:
         raise UserError(f"{path} holds other problems than the benchmark; choose another --out")
     if len(rows) < len(expected):
@@ -198,8 +196,7 @@ def sample(policy: aspo.Policy, problems: list[dict], k: int, reward, path: Path
     cfg = policy.cfg
     chunk = max(1, cfg.sample_rows // k)  # problems
     rows = finished(path, problems, k, chunk)
-    starts = range(len(rows) // k, len(problems), chunk)
-    for first in aspo.progress(starts, path.stem):
+    for first in aspo.progress(range(len(rows) // k, len(problems), chunk), path.stem):
         # By its place alone: it does not matter who sampled what came before.
         aspo.seed_step(cfg, f"{path.stem} {first}")
         new = [{"problem": s.problem, "response": s.text, "extracted": extract_answer(s.text),
@@ -213,40 +210,40 @@ def sample(policy: aspo.Policy, problems: list[dict], k: int, reward, path: Path
 
 
 def evaluate(name: str, cfg: Config, benches: dict[str, list[dict]], args) -> dict:
-    """Sample, score, write and print one model's results; returns each benchmark's samples."""
+    """Sample, score, write and print; returns each benchmark's samples."""
     with explain(f"cannot evaluate {name}"):
         reward = aspo.open_reward(cfg, None)
         aspo.seed_step(cfg, -1)  # the tiny model is made here
         model, tokenizer = aspo.load_model(cfg)
-        # Of what was loaded: the folder may hold something else by now.
+        # Of what was loaded: the folder may hold others by now.
         parts = [p.flatten()[::p.numel() // 1000 + 1].tolist() for p in model.parameters()]
         policy = aspo.Policy(model, tokenizer, cfg, sum(benches.values(), []), learning=False)
         policy.top_p = args.top_p
-    settings = {"weights": aspo.digest(parts), "k": args.k, "limit": args.limit,
+    settings = {"model": name, "weights": aspo.digest(parts), "k": args.k, "limit": args.limit,
                 "temperature": cfg.temperature, "top_p": args.top_p,
                 **{knob: getattr(cfg, knob) for knob in SETTINGS}, "engine": policy.engine.name}
     samples, out = {}, Path(cfg.out)
     with explain(f"cannot write results in {out}"), contextlib.ExitStack() as held:
         out.mkdir(parents=True, exist_ok=True)
         held.callback(os.close, aspo.lock(out))
-        results = open_results(out / "results.json", {"model": name} | settings)
+        results = open_results(out / "results.json", settings)
         aspo.write_json(out / "results.json", results)
         for bench, problems in benches.items():
             samples[bench] = sample(policy, problems, args.k, reward, out / f"{bench}.jsonl")
             results["benchmarks"][bench] = scores(samples[bench], args.k)
             aspo.write_json(out / "results.json", results)
 
-    say(f"{name}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
+    say(", ".join(f"{key} {value}" for key, value in settings.items()))
     for bench in benches:
         found = results["benchmarks"][bench]
-        say(f"{bench}, {found['problems']} problems")
+        say(bench)
         for key, value in found.items():
             if isinstance(value, dict):
                 low, high = value["interval"]
-                say(f"  {key:<8} {value['value']:.3f}   95 % interval {low:.3f} to {high:.3f}")
-        say(f"  cut off {found['truncated']:.1%}, mean length {found['response_length']:.1f} "
-            f"tokens, repetition {found['repetition']:.3f}")
-    say(f"results in {out}: results.json and one line a sample in {', '.join(benches)}.jsonl")
+                say(f"  {key:<16}{value['value']:.3f}   95 % interval {low:.3f} to {high:.3f}")
+            else:
+                say(f"  {key:<16}{value:.4g}")
+    say(f"results in {out}")
     return samples
 
 
@@ -258,7 +255,7 @@ class Parser(argparse.ArgumentParser):
 def evaluation_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("first", metavar="MODEL_OR_RUN", help="a run, its checkpoint, an alias, hub id or folder")
+    add("first", metavar="MODEL_OR_RUN", help="a run or its checkpoint; alias, hub id or folder")
     add("--model", help="a second one, to compare on the same problems")
     add("--bench", help=f"{KNOWN}, or several with commas [a run's held-out problems; arithmetic]")
     add("--k", type=int, default=1, help="samples per problem")
@@ -269,34 +266,32 @@ def evaluation_arguments(argv: list[str]) -> argparse.Namespace:
     for knob in dataclasses.fields(Config):
         if knob.name in KNOBS:
             kind = aspo.kind_of(knob)
-            flag = dict(type=aspo.boolean, nargs="?", const=True) if kind is bool else {"type": kind}
-            add(f"--{knob.name}", **flag, help="[as in training]")
+            options = dict(nargs="?", const=True) if kind is bool else {}
+            kind = aspo.boolean if kind is bool else kind
+            add(f"--{knob.name}", type=kind, **options, help="[as in training]")
     args = parser.parse_args(argv)
     if args.temperature is None:
         args.temperature = 0.8 if args.k > 1 else 0.0
     if args.top_p is None:
         args.top_p = 0.95 if args.k > 1 else 1.0
-    for name, least in (("k", 1), ("limit", 1), ("temperature", 0)):
+    limits = {"k": (1, 10**6), "limit": (1, 10**9), "temperature": (0, 100), "top_p": (0.001, 1)}
+    for name, (least, most) in limits.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p must be above 0 and at most 1, got {args.top_p}")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} must be from {least} to {most}, got {value}")
     if args.temperature == 0 and args.k > 1:
         raise UserError(f"--temperature 0 gives the same response {args.k} times; type --k 1")
     return args
 
 
 def main_evaluate(argv: list[str]):
-    """python eval.py MODEL_OR_RUN"""
     args = evaluation_arguments(argv)
     names = [args.first] + ([args.model] if args.model else [])
     cfgs = [config_of(name, args) for name in names]
     if len({cfg.reward for cfg in cfgs}) > 1:
-        raise UserError(f"{names[0]} and {names[1]} have different rewards; type one --reward")
+        raise UserError(f"{' and '.join(names)} have different rewards; type one --reward")
     for i, name in enumerate(names if args.out else ()):
-        several = f"{i + 1}-{Path(name).absolute().name}" if len(names) > 1 else ""
-        cfgs[i].out = str(Path(args.out, several))
+        cfgs[i].out = Path(args.out, f"{i + 1}-{Path(name).absolute().name}" if args.model else "")
 
     if args.bench is None and cfgs[0].resume:
         benches = {Path(cfgs[0].data).stem: aspo.load_problems(cfgs[0])[1]}
@@ -307,43 +302,35 @@ def main_evaluate(argv: list[str]):
         if len(benches) < len(typed):
             raise UserError(f"--bench {args.bench} has two of one name")
     if args.limit:
-        benches = {bench: random.Random(0).sample(problems, min(args.limit, len(problems)))
+        benches = {bench: random.Random(0).sample(problems, len(problems))[:args.limit]
                    for bench, problems in benches.items()}
 
     samples = [evaluate(name, cfg, benches, args) for name, cfg in zip(names, cfgs)]
-    for bench in benches if len(names) > 1 else ():
+    for bench in benches if args.model else ():
         first, second = (accuracies(found[bench], args.k) for found in samples)
         difference = [b - a for a, b in zip(first, second)]
         low, high = interval(difference)
         say(f"{bench}: {names[1]} minus {names[0]} on the same {len(difference)} problems: "
-            f"{statistics.fmean(difference):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+            f"{fmean(difference):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
 
 
 # --------------------------------------------------------------------------------------- pictures
 
-CURVES = {
-    "reward": "reward", "heldout_accuracy": "held-out accuracy", "entropy": "entropy (nats)",
-    "ratio_pos": "mean ratio, A > 0", "ratio_neg": "mean ratio, A < 0",
-    "response_length": "response length (tokens)", "weight_pos": "mean weight, A > 0",
-    "weight_neg": "mean weight, A < 0", "repetition": "repetition",
-}
-COLOURS = {"aspo": "#d1495b", "grpo": "#00798c", "no-is": "#8d8d8d", "dapo": "#30638e",
+CURVES = ("reward", "heldout_accuracy", "entropy", "ratio_pos", "ratio_neg", "response_length",
+          "weight_pos", "weight_neg", "repetition")
+COLOURS = {"grpo": "#00798c", "aspo": "#d1495b", "no-is": "#8d8d8d", "dapo": "#30638e",
            "cispo": "#edae49", "gspo": "#6a4c93", "dr-grpo": "#66a182"}
 DASHES = {"no-is": "--", "dapo": "-.", "cispo": ":", "gspo": (0, (1, 1))}
 
 
-def figure(draw, path: str, rows: int, columns: int, width: float, height: float):
-    """Save what draw(figure, axes) paints; sizes in inches."""
+def figure(draw, path: str, rows: int, columns: int):
+    """Save what draw(figure, axes) paints."""
     with explain("pictures need matplotlib; type pip install matplotlib"):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    pyplot.rcParams.update({
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False, "axes.titlesize": 10})
-    fig, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
-    draw(fig, axes.flat)
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    style.use("seaborn-v0_8-whitegrid")
+    fig = Figure(figsize=(11, 3 + 1.7 * rows), layout="constrained")
+    draw(fig, fig.subplots(rows, columns).flat)
     with explain(f"cannot write --out {path}"):
         fig.savefig(path, dpi=130)
     say(f"picture in {path}")
@@ -357,7 +344,7 @@ def values_of(rows: list[dict], key: str) -> list[float]:
 def last(rows: list[dict], key: str, n: int) -> float | None:
     """Mean of a metric over the last n steps that have it; None if none has."""
     values = values_of(rows, key)[-n:]
-    return statistics.mean(values) if values else None
+    return fmean(values) if values else None
 
 
 def half_width(values: list[float]) -> float:
@@ -367,22 +354,31 @@ def half_width(values: list[float]) -> float:
     n = len(values)
     if n < 2:
         return 0.0
-    return (t[n - 2] if n - 2 < len(t) else 1.96) * statistics.stdev(values) / math.sqrt(n)
+    return (t[n - 2] if n - 2 < len(t) else 1.96) * stdev(values) / math.sqrt(n)
+
+
+def series(runs: list[list[dict]], key: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Steps, a metric's means over the runs that have it, and half of their intervals."""
+    by_step = {}
+    for row in itertools.chain(*runs):
+        for value in values_of([row], key):
+            by_step.setdefault(row["step"], []).append(value)
+    steps = sorted(by_step)
+    return steps, *(torch.tensor([f(by_step[step]) for step in steps]) for f in (fmean, half_width))
 
 
 def cell(values: list[float | None]) -> str:
     """The mean over the runs that have a value, and half of its interval."""
-    values = [value for value in values if value is not None]
+    values = [x for x in values if x is not None]
     width = f" ± {half_width(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{width}" if values else ""
+    return f"{fmean(values):.3f}{width}" if values else ""
 
 
 def main_compare(argv: list[str]):
-    """python eval.py compare RUN ..."""
     parser = Parser("eval.py compare", description="Training curves of runs, by loss, over seeds.")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", help="picture, .png, .svg or .pdf")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv[1:])
     groups = {}
     for folder in map(Path, args.runs):
         with explain(f"{folder} is no run folder"):
@@ -390,8 +386,8 @@ def main_compare(argv: list[str]):
             lines = (folder / "metrics.jsonl").read_text().splitlines()
             groups.setdefault(loss, []).append([json.loads(line) for line in lines])
 
-    say("Mean over runs and half of its 95 % interval (Student's t). Accuracy: the last evaluation "
-        "and the best; the rest: the last ten steps.\n")
+    say("Mean over runs and half of its 95 % interval. final and best: held-out accuracy; the rest: "
+        "the last ten steps.\n")
     keys = [key for key in CURVES if key != "heldout_accuracy"]
     say(f"| loss | runs | final | best | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 4)}")
     for loss, runs in groups.items():
@@ -403,24 +399,17 @@ def main_compare(argv: list[str]):
     def draw(fig, axes):
         for axis, key in zip(axes, CURVES):
             for loss, runs in groups.items():
-                by_step = {row["step"]: [] for row in itertools.chain(*runs) if values_of([row], key)}
-                for row in itertools.chain(*runs):
-                    by_step.get(row["step"], []).extend(values_of([row], key))
-                steps = sorted(by_step)
-                mean = torch.tensor([statistics.fmean(by_step[step]) for step in steps])
-                width = torch.tensor([half_width(by_step[step]) for step in steps])
-                color = COLOURS.get(loss)
-                axis.plot(steps, mean, color=color, label=f"{loss} ({len(runs)})", linewidth=1.4)
-                axis.fill_between(steps, mean - width, mean + width, color=color, alpha=0.18,
-                                  linewidth=0)
-            axis.set_title(CURVES[key], loc="left")
+                steps, mean, width = series(runs, key)
+                colour = COLOURS.get(loss)
+                axis.plot(steps, mean, color=colour, label=f"{loss} ({len(runs)})", linewidth=1.4)
+                axis.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.18)
+            axis.set_title(key, loc="left")
         axes[0].legend(title="loss (runs)")
         fig.supxlabel("step")
-        fig.suptitle("mean over runs, band: 95 % interval of that mean", x=0.01, ha="left",
-                     fontsize=9, color="#666666")
+        fig.suptitle("mean over runs, band: 95 % interval of that mean")
 
     if args.out:
-        figure(draw, args.out, 3, 3, 11, 8)
+        figure(draw, args.out, 3, 3)
 
 
 def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -428,7 +417,7 @@ def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tenso
     # (N, 1): sequences of one token, whose ratio is the token's, as gspo wants it.
     ratios = torch.linspace(math.log(0.1), math.log(10), 2001)[:, None].exp()
     curves = {}
-    for loss in dict.fromkeys([*COLOURS, *aspo.WEIGHTS]):
+    for loss in aspo.WEIGHTS:
         cfg = Config(loss=loss)
         weights = aspo.WEIGHTS[loss](ratios, torch.full_like(ratios, advantage),
                                      (cfg.eps_low, cfg.eps_high), cfg.dual_clip)
@@ -437,49 +426,38 @@ def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 
 def main_weights(argv: list[str]):
-    """python eval.py weights"""
     parser = Parser("eval.py weights", description="Every method's weight by the ratio.")
     parser.add_argument("--out", default="weights.png", help="picture, .png, .svg or .pdf")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv[1:])
 
     def draw(fig, axes):
-        for axis, sign, kind in zip(axes, "><", ("good", "bad")):
-            ratios, curves = weight_curves(1.0 if sign == ">" else -1.0)
+        for axis, advantage, title in zip(axes, (1.0, -1.0), (
+                "A > 0: tokens of good responses", "A < 0: tokens of bad responses")):
+            ratios, curves = weight_curves(advantage)
             for names, weights in curves.items():
                 name = names.split(",")[0]
                 axis.plot(ratios, weights, label=names, color=COLOURS.get(name),
                           linestyle=DASHES.get(name, "-"),
-                          linewidth={"aspo": 2, "grpo": 5}.get(name, 1.3),
-                          zorder={"aspo": 4, "grpo": 2}.get(name, 3))
+                          linewidth={"grpo": 5, "aspo": 2}.get(name, 1.3))
             ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
             axis.set_xscale("log")
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
-            axis.axvline(1, color="#bbbbbb", linewidth=0.8)
-            axis.set(title=f"A {sign} 0: tokens of {kind} responses", ylim=(-0.1, 3.3),
-                     xlabel="importance ratio r = pi / pi_old",
+            axis.set(title=title, ylim=(-0.1, 3.3), xlabel="importance ratio r = pi / pi_old",
                      ylabel="weight w of the gradient -A w grad log pi")
             axis.legend()
 
-    figure(draw, args.out, 1, 2, 11, 4.6)
+    figure(draw, args.out, 1, 2)
 
 
-def run(argv: list[str]):
-    """The command line. Raises UserError on bad input."""
-    command = {"compare": main_compare, "weights": main_weights}.get(argv[0] if argv else "")
-    if command:
-        return command(argv[1:])
-    try:
-        main_evaluate(argv)
-    except KeyboardInterrupt:
+def main(argv: list[str]) -> int:
+    """Run a command line. Exit status 2 is bad input, 128 + n signal n."""
+    commands = {"compare": main_compare, "weights": main_weights}
+    status = aspo.main(argv, commands.get(argv[0] if argv else "", main_evaluate))
+    if status == 130:
         say("stopped; the same command goes on")
-        raise
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status 2 is bad input, 128 + n signal n."""
-    return aspo.main(sys.argv[1:] if argv is None else argv, run)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
