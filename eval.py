@@ -138,18 +138,18 @@ def scores(rows: list[dict], k: int) -> dict:
 
 # ------------------------------------------------------------------------------------- evaluation
 
-SETTINGS = ("max_new_tokens", "instruction", "thinking", "reward", "seed", "sample_rows")
-KNOBS = (*SETTINGS, "engine", "device")
+KNOBS = ("max_new_tokens", "instruction", "thinking", "reward", "seed", "sample_rows", "engine",
+         "device")
 
 
-def config_of(name: str, args: argparse.Namespace) -> Config:
-    """Settings of a run (`resume`) or its checkpoint, or of a model; `out` is for the results."""
+def config_of(name: str, args) -> Config:
+    """Settings of a run or its checkpoint (`resume`), or of a model; `out` is for results."""
     path = Path(name).absolute()  # "." gets a name
     run = path.parent if (path / "trainer.pt").exists() else path
     if (run / "metrics.jsonl").exists():
         found = [path] if path != run else aspo.checkpoints(run)
         if not found:
-            raise UserError(f"{name} has no checkpoint yet; let the run go on, or name a model")
+            raise UserError(f"{name} has no checkpoint yet; let the run go on")
         out = run / ("eval" if path == run else f"eval-{path.name}")
         settings = aspo.read_config(run) | dict(model=str(found[0]), out=str(out), resume=name)
     else:
@@ -162,7 +162,7 @@ def config_of(name: str, args: argparse.Namespace) -> Config:
 
 
 def open_results(path: Path, settings: dict) -> dict:
-    """What results.json holds, if it is of the same settings, or new results."""
+    """What results.json holds, or new results. Refuses those of other settings."""
     results = {"settings": settings, "benchmarks": {}}
     if path.exists():
         with explain(f"{path} is damaged; choose another --out"):
@@ -176,7 +176,7 @@ def open_results(path: Path, settings: dict) -> dict:
 
 
 def finished(path: Path, problems: list[dict], k: int, chunk: int) -> list[dict]:
-    """The samples of whole chunks in a file that a kill may have torn; the rest is cut off."""
+    """The samples of the whole chunks in a file; what a kill has torn is cut off."""
     path.touch()
     lines, rows = path.read_bytes().split(b"\n")[:-1], []
     with contextlib.suppress(ValueError):  # a torn line
@@ -197,7 +197,7 @@ def sample(policy: aspo.Policy, problems: list[dict], k: int, reward, path: Path
     chunk = max(1, cfg.sample_rows // k)  # problems
     rows = finished(path, problems, k, chunk)
     for first in aspo.progress(range(len(rows) // k, len(problems), chunk), path.stem):
-        # By its place alone: it does not matter who sampled what came before.
+        # By its place alone, whoever sampled what comes before.
         aspo.seed_step(cfg, f"{path.stem} {first}")
         new = [{"problem": s.problem, "response": s.text, "extracted": extract_answer(s.text),
                 "gold": s.gold, "correct": s.correct if cfg.reward else s.correct > 0,
@@ -209,19 +209,20 @@ def sample(policy: aspo.Policy, problems: list[dict], k: int, reward, path: Path
     return rows
 
 
-def evaluate(name: str, cfg: Config, benches: dict[str, list[dict]], args) -> dict:
-    """Sample, score, write and print; returns each benchmark's samples."""
+def evaluate(name: str, cfg: Config, benches: dict, args) -> dict:
+    """Sample, score, write and print. Returns each benchmark's samples."""
     with explain(f"cannot evaluate {name}"):
         reward = aspo.open_reward(cfg, None)
         aspo.seed_step(cfg, -1)  # the tiny model is made here
         model, tokenizer = aspo.load_model(cfg)
-        # Of what was loaded: the folder may hold others by now.
+        # Of what was loaded: the folder may have changed.
         parts = [p.flatten()[::p.numel() // 1000 + 1].tolist() for p in model.parameters()]
         policy = aspo.Policy(model, tokenizer, cfg, sum(benches.values(), []), learning=False)
         policy.top_p = args.top_p
     settings = {"model": name, "weights": aspo.digest(parts), "k": args.k, "limit": args.limit,
                 "temperature": cfg.temperature, "top_p": args.top_p,
-                **{knob: getattr(cfg, knob) for knob in SETTINGS}, "engine": policy.engine.name}
+                **{knob: getattr(cfg, knob) for knob in KNOBS}, "engine": policy.engine.name,
+                "device": policy.device.type}
     samples, out = {}, Path(cfg.out)
     with explain(f"cannot write results in {out}"), contextlib.ExitStack() as held:
         out.mkdir(parents=True, exist_ok=True)
@@ -256,10 +257,10 @@ def evaluation_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("first", metavar="MODEL_OR_RUN", help="a run or its checkpoint; alias, hub id or folder")
-    add("--model", help="a second one, to compare on the same problems")
+    add("--model", help="a second one, on the same problems")
     add("--bench", help=f"{KNOWN}, or several with commas [a run's held-out problems; arithmetic]")
     add("--k", type=int, default=1, help="samples per problem")
-    add("--limit", type=int, help="so many problems, drawn with a fixed seed")
+    add("--limit", type=int, help="so many problems, with a fixed seed")
     add("--temperature", type=float, help="[0.8, as in the paper; 0 for k = 1]")
     add("--top_p", type=float, help="[0.95, as in the paper; 1 for k = 1]")
     add("--out", help="folder [RUN/eval or runs/eval-MODEL]; of two models, of both")
@@ -286,7 +287,7 @@ def evaluation_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main_evaluate(argv: list[str]):
     args = evaluation_arguments(argv)
-    names = [args.first] + ([args.model] if args.model else [])
+    names = list(filter(None, (args.first, args.model)))
     cfgs = [config_of(name, args) for name in names]
     if len({cfg.reward for cfg in cfgs}) > 1:
         raise UserError(f"{' and '.join(names)} have different rewards; type one --reward")
@@ -320,12 +321,13 @@ CURVES = ("reward", "heldout_accuracy", "entropy", "ratio_pos", "ratio_neg", "re
           "weight_pos", "weight_neg", "repetition")
 COLOURS = {"grpo": "#00798c", "aspo": "#d1495b", "no-is": "#8d8d8d", "dapo": "#30638e",
            "cispo": "#edae49", "gspo": "#6a4c93", "dr-grpo": "#66a182"}
+WIDTHS = {"grpo": 5, "aspo": 2}
 DASHES = {"no-is": "--", "dapo": "-.", "cispo": ":", "gspo": (0, (1, 1))}
 
 
 def figure(draw, path: str, rows: int, columns: int):
     """Save what draw(figure, axes) paints."""
-    with explain("pictures need matplotlib; type pip install matplotlib"):
+    with explain("pictures need pip install matplotlib"):
         from matplotlib import style
         from matplotlib.figure import Figure
     style.use("seaborn-v0_8-whitegrid")
@@ -357,14 +359,14 @@ def half_width(values: list[float]) -> float:
     return (t[n - 2] if n - 2 < len(t) else 1.96) * stdev(values) / math.sqrt(n)
 
 
-def series(runs: list[list[dict]], key: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+def series(runs: list[list[dict]], key: str) -> tuple:
     """Steps, a metric's means over the runs that have it, and half of their intervals."""
     by_step = {}
     for row in itertools.chain(*runs):
         for value in values_of([row], key):
             by_step.setdefault(row["step"], []).append(value)
     steps = sorted(by_step)
-    return steps, *(torch.tensor([f(by_step[step]) for step in steps]) for f in (fmean, half_width))
+    return steps, *(torch.tensor([of(by_step[x]) for x in steps]) for of in (fmean, half_width))
 
 
 def cell(values: list[float | None]) -> str:
@@ -376,7 +378,7 @@ def cell(values: list[float | None]) -> str:
 
 def main_compare(argv: list[str]):
     parser = Parser("eval.py compare", description="Training curves of runs, by loss, over seeds.")
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", help="picture, .png, .svg or .pdf")
     args = parser.parse_args(argv[1:])
     groups = {}
@@ -386,13 +388,13 @@ def main_compare(argv: list[str]):
             lines = (folder / "metrics.jsonl").read_text().splitlines()
             groups.setdefault(loss, []).append([json.loads(line) for line in lines])
 
-    say("Mean over runs and half of its 95 % interval. final and best: held-out accuracy; the rest: "
+    say("Mean over runs and half of its 95 % interval. final, best: held-out accuracy; the rest: "
         "the last ten steps.\n")
     keys = [key for key in CURVES if key != "heldout_accuracy"]
     say(f"| loss | runs | final | best | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 4)}")
     for loss, runs in groups.items():
-        columns = [[last(rows, "heldout_accuracy", 1) for rows in runs],
-                   [max(values_of(rows, "heldout_accuracy"), default=None) for rows in runs],
+        heldout = [values_of(rows, "heldout_accuracy") for rows in runs]
+        columns = [[x[-1] for x in heldout if x], [max(x) for x in heldout if x],
                    *([last(rows, key, 10) for rows in runs] for key in keys)]
         say(f"| {loss} | {len(runs)} | {' | '.join(map(cell, columns))} |")
 
@@ -401,20 +403,20 @@ def main_compare(argv: list[str]):
             for loss, runs in groups.items():
                 steps, mean, width = series(runs, key)
                 colour = COLOURS.get(loss)
-                axis.plot(steps, mean, color=colour, label=f"{loss} ({len(runs)})", linewidth=1.4)
-                axis.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.18)
+                axis.plot(steps, mean, color=colour, label=f"{loss} ({len(runs)})")
+                axis.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2)
             axis.set_title(key, loc="left")
         axes[0].legend(title="loss (runs)")
         fig.supxlabel("step")
-        fig.suptitle("mean over runs, band: 95 % interval of that mean")
+        fig.suptitle("mean over runs and its 95 % interval")
 
     if args.out:
         figure(draw, args.out, 3, 3)
 
 
 def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Ratios (N,), and names -> weights (N,); methods of one curve stand together."""
-    # (N, 1): sequences of one token, whose ratio is the token's, as gspo wants it.
+    """Ratios (N,), and names -> weights (N,), where methods of one curve stand together."""
+    # (N, 1): sequences of one token, since gspo has a ratio for each.
     ratios = torch.linspace(math.log(0.1), math.log(10), 2001)[:, None].exp()
     curves = {}
     for loss in aspo.WEIGHTS:
@@ -427,22 +429,20 @@ def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 def main_weights(argv: list[str]):
     parser = Parser("eval.py weights", description="Every method's weight by the ratio.")
-    parser.add_argument("--out", default="weights.png", help="picture, .png, .svg or .pdf")
+    parser.add_argument("--out", default="weights.png", help="picture")
     args = parser.parse_args(argv[1:])
 
     def draw(fig, axes):
-        for axis, advantage, title in zip(axes, (1.0, -1.0), (
-                "A > 0: tokens of good responses", "A < 0: tokens of bad responses")):
+        titles = "A > 0: tokens of good responses", "A < 0: tokens of bad responses"
+        for axis, advantage, title in zip(axes, (1.0, -1.0), titles):
             ratios, curves = weight_curves(advantage)
             for names, weights in curves.items():
                 name = names.split(",")[0]
                 axis.plot(ratios, weights, label=names, color=COLOURS.get(name),
-                          linestyle=DASHES.get(name, "-"),
-                          linewidth={"grpo": 5, "aspo": 2}.get(name, 1.3))
+                          linestyle=DASHES.get(name), linewidth=WIDTHS.get(name, 1.3))
             ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
             axis.set_xscale("log")
             axis.set_xticks(ticks, map(str, ticks))
-            axis.minorticks_off()
             axis.set(title=title, ylim=(-0.1, 3.3), xlabel="importance ratio r = pi / pi_old",
                      ylabel="weight w of the gradient -A w grad log pi")
             axis.legend()
