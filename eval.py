@@ -176,7 +176,7 @@ def open_results(path: Path, settings: dict) -> dict:
 
 
 def finished(path: Path, problems: list[dict], k: int, chunk: int) -> list[dict]:
-    """The samples of the whole chunks in a file; what a kill has torn is cut off."""
+    """The samples of whole chunks in a file; what a kill has torn is cut off."""
     path.touch()
     lines, rows = path.read_bytes().split(b"\n")[:-1], []
     with contextlib.suppress(ValueError):  # a torn line
@@ -327,7 +327,7 @@ DASHES = {"no-is": "--", "dapo": "-.", "cispo": ":", "gspo": (0, (1, 1))}
 
 def figure(draw, path: str, rows: int, columns: int):
     """Save what draw(figure, axes) paints."""
-    with explain("pictures need pip install matplotlib"):
+    with explain("pictures need matplotlib"):
         from matplotlib import style
         from matplotlib.figure import Figure
     style.use("seaborn-v0_8-whitegrid")
@@ -344,7 +344,7 @@ def values_of(rows: list[dict], key: str) -> list[float]:
 
 
 def last(rows: list[dict], key: str, n: int) -> float | None:
-    """Mean of a metric over the last n steps that have it; None if none has."""
+    """Mean of a metric over the last n steps that have it, or None."""
     values = values_of(rows, key)[-n:]
     return fmean(values) if values else None
 
