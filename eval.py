@@ -30,7 +30,7 @@ from reward import extract_answer, is_equal
 
 # ------------------------------------------------------------------------------------- benchmarks
 
-BENCHES = {  # name: hub id, configuration, split; aspo.make_problem reads the rows
+BENCHES = {  # name: hub id, configuration, split
     "gsm8k": ("openai/gsm8k", "main", "test"),
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
@@ -108,7 +108,7 @@ def interval(values: list[float], resamples: int = 10_000) -> tuple[float, float
     x = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     means = [x[torch.randint(len(x), (resamples // 100, len(x)), generator=generator)].mean(1)
-             for _ in range(100)]  # not all at once, which may take gigabytes
+             for _ in range(100)]  # at once they may take gigabytes
     return tuple(torch.cat(means).quantile(x.new_tensor([0.025, 0.975])).tolist())
 
 
@@ -120,7 +120,7 @@ def accuracies(rows: list[dict], k: int) -> list[float]:
 def scores(rows: list[dict], k: int) -> dict:
     """What results.json says of one benchmark."""
     groups = aspo.chunks(rows, k)
-    # A reward of one's own may be anything: above 0.5 is right.
+    # One's own reward may be anything: above 0.5 is right.
     right = [[row["correct"] > 0.5 for row in group] for group in groups]
     values = {f"avg@{k}": accuracies(rows, k)}
     for j in sorted({k, *(2**i for i in range(k.bit_length()))}):
@@ -157,7 +157,7 @@ def config_of(name: str, args) -> Config:
     typed = {knob: x for knob in KNOBS if (x := getattr(args, knob)) is not None}
     cfg = Config(**settings | typed)
     aspo.check(dataclasses.replace(cfg, resume=name, overlong_buffer=0))
-    cfg.temperature = args.temperature  # 0 as well, which training refuses
+    cfg.temperature = args.temperature  # also 0
     return cfg
 
 
@@ -197,7 +197,7 @@ def sample(policy: aspo.Policy, problems: list[dict], k: int, reward, path: Path
     chunk = max(1, cfg.sample_rows // k)  # problems
     rows = finished(path, problems, k, chunk)
     for first in aspo.progress(range(len(rows) // k, len(problems), chunk), path.stem):
-        # By its place alone, whoever sampled what comes before.
+        # By its place alone: whoever goes on draws the same.
         aspo.seed_step(cfg, f"{path.stem} {first}")
         new = [{"problem": s.problem, "response": s.text, "extracted": extract_answer(s.text),
                 "gold": s.gold, "correct": s.correct if cfg.reward else s.correct > 0,
@@ -254,6 +254,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluation_arguments(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError."""
     parser = Parser("eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("first", metavar="MODEL_OR_RUN", help="a run or its checkpoint; alias, hub id or folder")
@@ -286,6 +287,7 @@ def evaluation_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main_evaluate(argv: list[str]):
+    """eval.py MODEL_OR_RUN"""
     args = evaluation_arguments(argv)
     names = list(filter(None, (args.first, args.model)))
     cfgs = [config_of(name, args) for name in names]
@@ -326,7 +328,7 @@ DASHES = {"no-is": "--", "dapo": "-.", "cispo": ":", "gspo": (0, (1, 1))}
 
 
 def figure(draw, path: str, rows: int, columns: int):
-    """Save what draw(figure, axes) paints."""
+    """Save what draw paints."""
     with explain("pictures need matplotlib"):
         from matplotlib import style
         from matplotlib.figure import Figure
@@ -352,7 +354,7 @@ def last(rows: list[dict], key: str, n: int) -> float | None:
 def half_width(values: list[float]) -> float:
     """Half of the 95 % interval of a mean over runs, by Student's t."""
     t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-         2.160, 2.145, 2.131)  # two-sided, for 1, 2, ... degrees of freedom; then the normal's
+         2.160, 2.145, 2.131)  # by degrees of freedom, from 1; then the normal's
     n = len(values)
     if n < 2:
         return 0.0
@@ -370,13 +372,14 @@ def series(runs: list[list[dict]], key: str) -> tuple:
 
 
 def cell(values: list[float | None]) -> str:
-    """The mean over the runs that have a value, and half of its interval."""
+    """Mean over the runs that have a value, and half of its interval."""
     values = [x for x in values if x is not None]
     width = f" ± {half_width(values):.3f}" if len(values) > 1 else ""
     return f"{fmean(values):.3f}{width}" if values else ""
 
 
 def main_compare(argv: list[str]):
+    """eval.py compare"""
     parser = Parser("eval.py compare", description="Training curves of runs, by loss, over seeds.")
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", help="picture, .png, .svg or .pdf")
@@ -428,6 +431,7 @@ def weight_curves(advantage: float) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 
 def main_weights(argv: list[str]):
+    """eval.py weights"""
     parser = Parser("eval.py weights", description="Every method's weight by the ratio.")
     parser.add_argument("--out", default="weights.png", help="picture")
     args = parser.parse_args(argv[1:])
