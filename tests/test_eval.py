@@ -433,6 +433,12 @@ def test_greedy_evaluation_scores_what_the_model_says(trained, tmp_path, capsys)
         assert row["correct"] is bool(ended and aspo.math_reward(text, row["gold"]))
 
 
+def test_the_smallest_top_p_is_greedy(trained, tmp_path, capsys):
+    assert main(capsys, trained, "--k", 2, "--temperature", 1, "--top_p", 0.001, "--out", tmp_path / "a")[0] == 0
+    assert main(capsys, trained, "--out", tmp_path / "b")[0] == 0
+    assert lines(tmp_path / "a" / "arithmetic.jsonl")[::2] == lines(tmp_path / "a" / "arithmetic.jsonl")[1::2] == lines(tmp_path / "b" / "arithmetic.jsonl")
+
+
 def test_paired_comparison(trained, tmp_path, capsys):
     status, out, _ = main(capsys, trained, "--model", trained, "--bench", "arithmetic", "--k", "2", "--limit", "10", "--out", tmp_path / "both")
     assert status == 0 and "on the same 10 problems: +0.000, 95 % interval +0.000 to +0.000" in out
