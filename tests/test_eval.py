@@ -1,4 +1,4 @@
-"""The evaluator: its measures against enumeration, its readers on made-up rows, and the real script, killed and resumed."""
+"""The evaluator: measures against enumeration, readers on made-up rows, the real script killed and resumed."""
 import io
 import itertools
 import json
@@ -46,9 +46,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, c):
     ([None, None], [0, 0], 0), ([], [], 0),
     (["not readable (", "not readable (", "5"], [0, 0, 1], 0),
     # of one answer, the share of right responses: one was cut off; one repeats the question, first or last
-    (["5", "5", "7"], [0, 1, 0], 1 / 2), (["2+3", "5", "5", "7"], [0, 1, 1, 0], 2 / 3), (["5", "2+3", "2+3", "7"], [1, 0, 0, 0], 1 / 3)])
+    (["5", "5", "7"], [0, 1, 0], 1 / 2),
+    (["2+3", "5", "5", "7"], [0, 1, 1, 0], 2 / 3), (["5", "2+3", "2+3", "7"], [1, 0, 0, 0], 1 / 3)])
 def test_majority_by_hand(answers, correct, expected):
     assert majority(answers, correct) == pytest.approx(expected)
+
+
+def row_of(correct, extracted, tokens=1):
+    """A sample; those of 9 tokens were cut off."""
+    return {"correct": correct, "extracted": extracted, "truncated": tokens == 9, "tokens": tokens, "repetition": 0.5}
 
 
 def test_interval_against_all_resamples():
@@ -68,25 +74,26 @@ def test_interval_of_many_problems_is_the_normal_one_and_repeats_do_not_shrink_i
     assert interval(values) == pytest.approx((mean - half, mean + half), abs=0.002)
     assert interval([0.4] * 30) == (0.4, 0.4)
     # 16 samples that agree are one problem's evidence: thirty problems stay thirty
-    rows = [{"correct": bool(v), "extracted": "1", "truncated": False, "tokens": 1, "repetition": 0.0} for v in values[:30] for _ in range(16)]
+    rows = [row_of(bool(value), "1") for value in values[:30] for _ in range(16)]
     low, high = scores(rows, 16)["avg@16"]["interval"]
     assert (low, high) == pytest.approx(interval(values[:30])) and high - low > 0.2
 
 
 def test_scores_by_hand():
-    row = lambda correct, extracted, tokens: {"correct": correct, "extracted": extracted, "truncated": tokens == 9, "tokens": tokens, "repetition": 0.5}
-    rows = [row(True, "1", 3), row(False, "2", 9), row(False, "2.0", 3), row(False, None, 9),  # problem 1: one right of four
+    row = row_of
+    rows = [row(True, "1", 3), row(False, "2", 9), row(False, "2.0", 3), row(False, None, 9),  # one right of four
             row(True, "5", 3), row(True, "5", 3), row(True, "10/2", 3), row(False, "6", 3)]
     found = scores(rows, 4)
     value = lambda name: found[name]["value"]
     assert (value("avg@4"), value("pass@1"), value("maj@4")) == pytest.approx((0.5, 0.5, 0.5))
     assert value("pass@2") == pytest.approx((3 / 6 + 1) / 2) and value("pass@4") == 1
     assert (found["problems"], found["samples"], found["truncated"], found["response_length"]) == (2, 8, 0.25, 4.5)
-    assert {"problems", "pass@1", "pass@2", "pass@3"} <= set(scores(rows[:6], 3)) and "pass@4" not in scores(rows[:6], 3)
+    found = scores(rows[:6], 3)
+    assert {"problems", "pass@1", "pass@2", "pass@3"} <= set(found) and "pass@4" not in found
 
 
 def test_a_reward_of_ones_own_is_averaged_and_right_above_a_half():
-    rows = [{"correct": c, "extracted": a, "truncated": False, "tokens": 1, "repetition": 0.0} for c, a in (
+    rows = [row_of(c, a) for c, a in (
         (0.5, "1"), (0.51, "2"), (2.0, "2"), (-1.0, "1"), (0.5, "3"), (0.25, "3"), (0.0, None), (0.25, "4"))]
     found = scores(rows, 4)
     value = lambda name: found[name]["value"]
@@ -99,50 +106,66 @@ def test_a_reward_of_ones_own_is_averaged_and_right_above_a_half():
 
 ROWS = {  # made-up rows with the columns of the hub sets
     "gsm8k": ({"question": "Q", "answer": "We add.\n#### 1,234"}, "Q", "1,234"),
-    "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}", "subject": "a", "level": 1, "unique_id": "u"}, "P", r"\frac{1}{2}"),
+    "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}", "subject": "a", "level": 1}, "P", r"\frac{1}{2}"),
     "aime24": ({"id": 1, "problem": "P", "solution": "s", "answer": "025", "url": "", "year": "2024"}, "P", "025"),
     "aime25": ({"problem": "P", "answer": "70", "id": "1"}, "P", "70"),
     "amc23": ({"question": "Q", "answer": 27.0, "id": 0, "url": ""}, "Q", "27.0"),
     "minerva": ({"question": r"Earlier: \boxed{9}. Q", "answer": "4.5e33"}, r"Earlier: \boxed{9}. Q", "4.5e33"),
-    "olympiad": ({"question": "Q", "final_answer": ["$2$", "$3$"], "is_multiple_answer": True, "unit": None}, "Q", "$2$, $3$"),
-    "svamp": ({"ID": "c", "Body": "Ann has 2.", "Question": "How many?", "Equation": "", "Answer": "2.0", "Type": ""}, "Ann has 2. How many?", "2.0"),
+    "olympiad": ({"question": "Q", "final_answer": ["$2$", "$3$"], "is_multiple_answer": True, "unit": None},
+                 "Q", "$2$, $3$"),
+    "svamp": ({"ID": "c", "Body": "Ann has 2.", "Question": "How many?", "Equation": "", "Answer": "2.0", "Type": ""},
+              "Ann has 2. How many?", "2.0"),
 }
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A list of rows that the hub has, for any set; hub.asked is what was asked for."""
+    class Rows(list):
+        asked = []
+
+    rows = Rows()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: (
+        rows.asked.append((args, options)) or datasets.Dataset.from_list(rows)))
+    return rows
+
+
 @pytest.mark.parametrize("name", BENCHES)
-def test_hub_sets(name, monkeypatch):
+def test_hub_sets(name, hub):
     row, problem, answer = ROWS[name]
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list([row]))
+    hub.append(row)
     [found] = load_bench(name)
     assert (found["problem"], found["answer"], found["row"]) == (problem, answer, row)
-    assert asked == [((BENCHES[name][0], BENCHES[name][1]), {"split": BENCHES[name][2]})]
+    assert hub.asked == [((BENCHES[name][0], BENCHES[name][1]), {"split": BENCHES[name][2]})]
 
 
 def test_traps_of_the_sets_are_right_answers():
-    for given, name in (("25", "aime24"), ("27", "amc23"), ("4.5 \\times 10^{33}", "minerva"), ("3, 2", "olympiad"), ("2", "svamp"), ("1234", "gsm8k")):
+    for given, name in (("25", "aime24"), ("27", "amc23"), ("4.5 \\times 10^{33}", "minerva"), ("3, 2", "olympiad"),
+                        ("2", "svamp"), ("1234", "gsm8k")):
         assert aspo.math_reward(rf"\boxed{{{given}}}", ROWS[name][2])
     assert not aspo.math_reward("I give up", ROWS["minerva"][2])
 
 
-@pytest.mark.parametrize("gold", ["17", "-3", "3.50", "1,080", r"\frac{14}{3}", r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\text{Evelyn}", "4.5e33",
-                                  r"6 - 5i", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "x^2 + 1", r"\$36", r"90^\circ", "(C)", "even", "11111_2", "1, -2"])
-def test_a_bare_answer_of_a_hub_set_stays_what_it_is(gold, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list([{"problem": "P", "answer": gold, "solution": r"\boxed{other}"}]))
+@pytest.mark.parametrize("gold", [
+    "17", "-3", "3.50", "1,080", r"\frac{14}{3}", r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\text{Evelyn}",
+    "4.5e33", r"6 - 5i", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "x^2 + 1", r"\$36", r"90^\circ", "(C)", "even",
+    "11111_2", "1, -2"])
+def test_a_bare_answer_of_a_hub_set_stays_what_it_is(gold, hub):
+    hub.append({"problem": "P", "answer": gold, "solution": r"\boxed{other}"})
     assert load_bench("math500")[0]["answer"] == gold
 
 
-def test_equal_problems_of_a_hub_set_all_count(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list([{"problem": "P", "answer": "1"}] * 3))
+def test_equal_problems_of_a_hub_set_all_count(hub):
+    hub += [{"problem": "P", "answer": "1"}] * 3
     assert len(load_bench("math500")) == 3
 
 
-def test_bad_benches(monkeypatch, tmp_path):
-    rows = [{"question": "Q", "answer": "It is 7.\n#### 7"}, {"question": "R", "answer": "no marker ####"}, {"question": "S", "answer": None}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(rows))
+def test_bad_benches(hub, monkeypatch, tmp_path):
+    hub += [{"question": "Q", "answer": "It is 7.\n#### 7"}, {"question": "R", "answer": "no marker ####"},
+            {"question": "S", "answer": None}]
     with pytest.raises(UserError, match="cannot load --bench gsm8k .*: 2 of 3 problems have no answer"):
         load_bench("gsm8k")
-    rows[:] = [{"text": "Q", "label": "7"}]
+    hub[:] = [{"text": "Q", "label": "7"}]
     with pytest.raises(UserError, match="cannot load --bench math500.*1 of 1.*found the columns text, label"):
         load_bench("math500")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
@@ -176,8 +199,9 @@ def contents(folder):
 def trained(tmp_path_factory):
     """A short run of the tiny model, with two checkpoints."""
     folder = tmp_path_factory.mktemp("eval") / "run"
-    aspo.train(aspo.parse(["--out", str(folder), *"--steps 2 --sft_steps 60 --prompts 8 --minibatch 4 --group_size 4 --max_new_tokens 24 "
-                           "--eval_problems 8 --eval_every 1 --save_every 1".split()]))
+    aspo.train(aspo.parse(["--out", str(folder), *(
+        "--steps 2 --sft_steps 60 --prompts 8 --minibatch 4 --group_size 4 --max_new_tokens 24 --eval_problems 8 "
+        "--eval_every 1 --save_every 1").split()]))
     return folder
 
 
@@ -224,27 +248,31 @@ def test_finished_already_is_only_reported(whole, monkeypatch, capsys):
     assert status == 0 and "avg@4" in printed and contents(out) == before
 
 
+def first_lines(data, n):
+    return b"".join(data.splitlines(keepends=True)[:n])
+
+
 def nearly_done(whole, folder):
     """The evaluation as it stood when 30 of its 240 samples were missing."""
     arguments, out = whole
     folder.mkdir()
     results = json.loads((out / "results.json").read_text()) | {"benchmarks": {}}
     (folder / "results.json").write_text(json.dumps(results))
-    kept = (out / "arithmetic.jsonl").read_bytes().splitlines(keepends=True)[:210]
-    (folder / "arithmetic.jsonl").write_bytes(b"".join(kept))
+    (folder / "arithmetic.jsonl").write_bytes(first_lines((out / "arithmetic.jsonl").read_bytes(), 210))
     return [*arguments, "--out", folder]
 
 
 @pytest.mark.parametrize("damage, kept", [
     (lambda data: data, 240), (lambda data: data[:-1], 232),  # the end of the last line; a chunk is 8 samples
     (lambda data: data + b'{"problem": ', 240), (lambda data: b"", 0), (lambda data: data[:50], 0),
-    (lambda data: data[:data.index(b"\n") + 1], 0), (lambda data: b"\n".join(data.split(b"\n")[:17]) + b"\n", 16),
-    (lambda data: b"\n".join(data.split(b"\n")[:40]) + b"\n" + bytes(300) + b"\n" + data[3000:], 40)])  # after a power cut
+    (lambda data: first_lines(data, 1), 0), (lambda data: first_lines(data, 17), 16),
+    (lambda data: first_lines(data, 40) + bytes(300) + b"\n" + data[3000:], 40)])  # after a power cut
 def test_whole_chunks_of_a_damaged_file_are_kept(whole, damage, kept, tmp_path):
-    data, path, problems = (whole[1] / "arithmetic.jsonl").read_bytes(), tmp_path / "a.jsonl", random.Random(0).sample(load_bench("arithmetic"), 125)[:60]
+    data, path = (whole[1] / "arithmetic.jsonl").read_bytes(), tmp_path / "a.jsonl"
+    problems = random.Random(0).sample(load_bench("arithmetic"), 125)[:60]
     path.write_bytes(damage(data))
     rows = evaluation.finished(path, problems, 4, 2)
-    assert path.read_bytes() == b"".join(data.splitlines(keepends=True)[:kept])
+    assert path.read_bytes() == first_lines(data, kept)
     assert rows == [json.loads(line) for line in data.splitlines()[:kept]]
     assert evaluation.finished(tmp_path / "new.jsonl", problems, 4, 2) == []
 
@@ -357,8 +385,10 @@ def test_typed_settings_win(trained):
         return evaluation.config_of(str(trained), evaluation.evaluation_arguments([str(trained), *typed]))
 
     assert of().thinking is False and of("--thinking").thinking is True and of("--thinking", "false").thinking is False
-    cfg = of("--max_new_tokens", "5", "--instruction", "Be brief.", "--seed", "3", "--sample_rows", "7", "--engine", "plain", "--temperature", "0.5")
-    assert (cfg.max_new_tokens, cfg.instruction, cfg.seed, cfg.sample_rows, cfg.engine, cfg.temperature) == (5, "Be brief.", 3, 7, "plain", 0.5)
+    typed = {"max_new_tokens": 5, "instruction": "Be brief.", "seed": 3, "sample_rows": 7, "engine": "plain",
+             "temperature": 0.5}
+    cfg = of(*(word for name, value in typed.items() for word in (f"--{name}", str(value))))
+    assert {name: getattr(cfg, name) for name in typed} == typed
     assert of("--k", "2").temperature == 0.8 and of().temperature == 0 and of("--temperature", "0").temperature == 0
 
 
@@ -372,12 +402,14 @@ def test_the_plain_engine_says_the_same(trained, tmp_path, capsys):
 def test_a_runs_own_reward(trained, tmp_path, capsys):
     """Its floats are in the file; what is cut off never counts; the row is handed on as it was read."""
     (tmp_path / "own.py").write_text("def f(response, row):\n    return row['worth'] + 0.0 * len(response)\n")
-    (tmp_path / "set.jsonl").write_text("".join(json.dumps({"question": f"{n}+1", "answer": str(n + 1), "worth": n / 4}) + "\n" for n in range(4)))
+    aspo.append(tmp_path / "set.jsonl", [
+        {"question": f"{n}+1", "answer": str(n + 1), "worth": n / 4} for n in range(4)])
     shutil.copytree(trained, tmp_path / "run")
-    settings = aspo.read_config(trained) | {"reward": f"{tmp_path / 'own.py'}:f", "data": str(tmp_path / "set.jsonl"), "eval_problems": 3}
+    settings = aspo.read_config(trained) | {"reward": f"{tmp_path / 'own.py'}:f"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
-    arguments = [tmp_path / "run", "--bench", f" {tmp_path / 'set.jsonl'} , arithmetic", "--limit", 4, "--max_new_tokens", 40]
-    status, _, error = main(capsys, *arguments, "--out", tmp_path / "a")
+    benches = f" {tmp_path / 'set.jsonl'} , arithmetic"
+    status, _, error = main(capsys, tmp_path / "run", "--bench", benches, "--limit", 4, "--max_new_tokens", 40,
+                            "--out", tmp_path / "a")
     assert status == 2 and "the reward f failed" in error and "worth" in error  # arithmetic has no such column
     rows = lines(tmp_path / "a" / "set.jsonl")
     assert [row["correct"] for row in rows] == [0.0 if row["truncated"] else (int(row["gold"]) - 1) / 4 for row in rows]
@@ -392,20 +424,28 @@ def test_a_runs_own_reward(trained, tmp_path, capsys):
 
 def test_what_is_cut_off_is_never_right(trained, tmp_path, capsys):
     (tmp_path / "own.py").write_text("def f(response, row):\n    return 1\n")
-    assert main(capsys, trained, "--reward", f"{tmp_path / 'own.py'}:f", "--max_new_tokens", 2, "--k", 2, "--out", tmp_path / "a")[0] == 0
+    assert main(capsys, trained, "--reward", f"{tmp_path / 'own.py'}:f", "--max_new_tokens", 2, "--k", 2,
+                "--out", tmp_path / "a")[0] == 0
     found = json.loads((tmp_path / "a" / "results.json").read_text())["benchmarks"]["arithmetic"]
     assert found["truncated"] == 1 and {found[name]["value"] for name in ("avg@2", "pass@1", "pass@2", "maj@2")} == {0}
 
 
 def test_the_end_of_turn_of_a_chat_template_ends_a_response(trained, tmp_path, capsys):
-    shutil.copytree(trained / "checkpoint", tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}={% if messages|length > 1 %}{{ messages[1]['content'] }}#{% endif %}"
-    tokenizer.save_pretrained(tmp_path / "model")
-    assert main(capsys, tmp_path / "model", "--limit", 10, "--instruction", "", "--max_new_tokens", 40, "--out", tmp_path / "a")[0] == 0
-    rows = lines(tmp_path / "a" / "arithmetic.jsonl")
-    assert sum("#" in row["response"] for row in rows) > 5
-    assert all(row["response"].count("#") <= 1 and "#" not in row["response"][:-1] for row in rows)
+    """With "#" as the special token behind an answer, the model's "3+2=5\\n#### 5" ends before the first one."""
+    texts = {}
+    answer = "{% if messages|length > 1 %}{{ messages[1]['content'] }}#{% endif %}"
+    for name, ending in (("usual", ""), ("turns", answer)):
+        shutil.copytree(trained / "checkpoint", tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        if ending:
+            tokenizer.add_special_tokens({"additional_special_tokens": ["#"]})
+        tokenizer.chat_template = "{{ messages[0]['content'] }}=" + ending
+        tokenizer.save_pretrained(tmp_path / name)
+        assert main(capsys, tmp_path / name, "--limit", 10, "--instruction", "", "--max_new_tokens", 40,
+                    "--out", tmp_path / f"{name}-out")[0] == 0
+        texts[name] = [row["response"] for row in lines(tmp_path / f"{name}-out" / "arithmetic.jsonl")]
+    assert sum("####" in text for text in texts["usual"]) > 5
+    assert texts["turns"] == [text.split("#")[0] for text in texts["usual"]]
 
 
 def test_report_and_settings(trained, tmp_path, capsys):
@@ -436,11 +476,13 @@ def test_greedy_evaluation_scores_what_the_model_says(trained, tmp_path, capsys)
 def test_the_smallest_top_p_is_greedy(trained, tmp_path, capsys):
     assert main(capsys, trained, "--k", 2, "--temperature", 1, "--top_p", 0.001, "--out", tmp_path / "a")[0] == 0
     assert main(capsys, trained, "--out", tmp_path / "b")[0] == 0
-    assert lines(tmp_path / "a" / "arithmetic.jsonl")[::2] == lines(tmp_path / "a" / "arithmetic.jsonl")[1::2] == lines(tmp_path / "b" / "arithmetic.jsonl")
+    drawn, greedy = (lines(tmp_path / name / "arithmetic.jsonl") for name in "ab")
+    assert drawn[::2] == drawn[1::2] == greedy
 
 
 def test_paired_comparison(trained, tmp_path, capsys):
-    status, out, _ = main(capsys, trained, "--model", trained, "--bench", "arithmetic", "--k", "2", "--limit", "10", "--out", tmp_path / "both")
+    status, out, _ = main(capsys, trained, "--model", trained, "--bench", "arithmetic", "--k", "2", "--limit", "10",
+                          "--out", tmp_path / "both")
     assert status == 0 and "on the same 10 problems: +0.000, 95 % interval +0.000 to +0.000" in out
 
 
@@ -454,18 +496,25 @@ def test_bad_input_changes_nothing(trained, tmp_path, capsys):
     out = ("--out", tmp_path / "new")
     for arguments, words in (
             ([trained, "--bench", "gsm9k", *out], "no benchmark"), ([trained, "--bench", "", *out], "no benchmark"),
-            ([trained, "--bench", tmp_path / "empty.jsonl", *out], "no problems"), ([trained, "--bench", tmp_path / "nogold.jsonl", *out], "line 1"),
-            ([trained, "--k", "0", *out], "--k"), ([trained, "--k", "x", *out], "--k"), ([trained, "--limit", "0", *out], "--limit"), ([trained, "--top_p", "0", *out], "--top_p"),
-            ([trained, "--k", "2", "--temperature", "0", *out], "--temperature"), ([trained, "--nonsense", *out], "--nonsense"),
-            ([trained, "--device", "abacus", *out], "--device abacus"), ([trained, "--engine", "steam", *out], "--engine"),
-            ([trained, "--thinking", "maybe", *out], "--thinking"), ([trained, "--max_new_tokens", "0", *out], "--max_new_tokens"),
+            ([trained, "--bench", tmp_path / "empty.jsonl", *out], "no problems"),
+            ([trained, "--bench", tmp_path / "nogold.jsonl", *out], "line 1"), ([trained, "--k", "0", *out], "--k"),
+            ([trained, "--k", "x", *out], "--k"), ([trained, "--limit", "0", *out], "--limit"),
+            ([trained, "--top_p", "0", *out], "--top_p"),
+            ([trained, "--k", "2", "--temperature", "0", *out], "--temperature"),
+            ([trained, "--nonsense", *out], "--nonsense"), ([trained, "--device", "abacus", *out], "--device abacus"),
+            ([trained, "--engine", "steam", *out], "--engine"),
+            ([trained, "--thinking", "maybe", *out], "--thinking"),
+            ([trained, "--max_new_tokens", "0", *out], "--max_new_tokens"),
             ([trained, "--sample_rows", "0", *out], "--sample_rows"), ([trained, "--seed", "-1", *out], "--seed"),
-            ([trained, "--temperature", "nan", *out], "--temperature"), ([trained, "--max_new_tokens", "999", *out], "--max_new_tokens 999"),
-            ([trained, "--bench", "arithmetic,arithmetic", *out], "two of one name"), ([trained, "--reward", "no.py:f", *out], "--reward no.py:f"),
+            ([trained, "--temperature", "nan", *out], "--temperature"),
+            ([trained, "--max_new_tokens", "999", *out], "--max_new_tokens 999"),
+            ([trained, "--bench", "arithmetic,arithmetic", *out], "two of one name"),
+            ([trained, "--reward", "no.py:f", *out], "--reward no.py:f"),
             ([tmp_path / "folder", *out], "cannot load"), ([], "MODEL_OR_RUN"),
             ([trained, "--limit", "4", "--k", "2", "--out", tmp_path / "a"], "k 1, not 2"),
             ([trained, "--limit", "4", "--out", tmp_path / "file" / "x"], "cannot write"),
-            (["compare", tmp_path / "folder"], "no run folder"), (["compare"], "runs"), (["weights", "--out", tmp_path / "x.nope"], "cannot write"),
+            (["compare", tmp_path / "folder"], "no run folder"), (["compare"], "runs"),
+            (["weights", "--out", tmp_path / "x.nope"], "cannot write"),
             (["weights", "--out", tmp_path / "no" / "x.png"], "cannot write")):
         status, _, error = main(capsys, *arguments)
         assert status == 2 and words in error and error.count("\n") == 0, (arguments, error)
@@ -500,10 +549,12 @@ def test_weight_curves_show_the_methods():
     ratios, curves = evaluation.weight_curves(1.0)
     at = lambda label, r: curves[label][(ratios - r).abs().argmin()].item()
     assert at("aspo", 0.5) == pytest.approx(2, abs=0.01) and at("grpo, dr-grpo", 0.5) == pytest.approx(0.5, abs=0.01)
-    assert at("aspo", 0.2) == 3 and at("aspo", 1.3) == at("grpo, dr-grpo", 1.3) == 0 and at("dapo", 1.25) == pytest.approx(1.25, abs=0.01)
+    assert at("aspo", 0.2) == 3 and at("aspo", 1.3) == at("grpo, dr-grpo", 1.3) == 0
+    assert at("dapo", 1.25) == pytest.approx(1.25, abs=0.01)
     ratios, curves = evaluation.weight_curves(-1.0)
     assert set(curves) == {"aspo", "grpo, dapo, dr-grpo", "no-is", "cispo", "gspo"}
-    assert at("gspo", 0.99) == 0 and at("gspo", 1.5) == pytest.approx(1.5, abs=0.01) and at("cispo", 5) == pytest.approx(1.2) and at("no-is", 5) == 1
+    assert at("gspo", 0.99) == 0 and at("gspo", 1.5) == pytest.approx(1.5, abs=0.01)
+    assert at("cispo", 5) == pytest.approx(1.2) and at("no-is", 5) == 1
     assert at("aspo", 5) == 3 and at("grpo, dapo, dr-grpo", 5) == 0 and at("aspo", 0.5) == 0
 
 
