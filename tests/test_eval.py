@@ -106,7 +106,7 @@ def test_a_reward_of_ones_own_is_averaged_and_right_above_a_half():
 
 ROWS = {  # made-up rows with the columns of the hub sets
     "gsm8k": ({"question": "Q", "answer": "We add.\n#### 1,234"}, "Q", "1,234"),
-    "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}", "subject": "a", "level": 1}, "P", r"\frac{1}{2}"),
+    "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}", "subject": "a"}, "P", r"\frac{1}{2}"),
     "aime24": ({"id": 1, "problem": "P", "solution": "s", "answer": "025", "url": "", "year": "2024"}, "P", "025"),
     "aime25": ({"problem": "P", "answer": "70", "id": "1"}, "P", "70"),
     "amc23": ({"question": "Q", "answer": 27.0, "id": 0, "url": ""}, "Q", "27.0"),
