@@ -3,8 +3,8 @@
     python tests/bench.py                               # the tiny model
     python tests/bench.py --model DIR                   # a local model, such as a pretrained one of 135 M parameters
     python tests/bench.py --model DIR --prompt_tokens 700   # long prompts
-    python tests/bench.py --model DIR --engine fast     # without the plain engine, which is about as slow as the baseline
-    python tests/bench.py --model DIR --trl             # a whole step beside TRL's GRPOTrainer; needs pip install trl accelerate
+    python tests/bench.py --model DIR --engine fast     # without the plain engine, as slow as the baseline
+    python tests/bench.py --model DIR --trl             # a whole step beside TRL's: pip install trl accelerate
     python tests/bench.py --model random-0.5b --prompts 32 --group 16 --prompt_tokens 256 --new_tokens 1024   # on a GPU
 
 The sides take turns, `--rounds` times each, and a ratio is that of the medians: absolute times of a shared machine
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=96, help="on average; prompts have from 3/4 to 5/4 of it")
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--micro_tokens", type=int, default=2048, help="of the baseline's micro-batches; ours are as many")
+    parser.add_argument("--micro_tokens", type=int, default=2048, help="of the baseline's micro-batches")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", choices=[*ENGINES, "both"], default="both")
     parser.add_argument("--trl", action="store_true", help="a whole step beside TRL's instead")
@@ -54,15 +54,17 @@ def load(name: str):
     torch.manual_seed(0)
     model, tokenizer = aspo.tiny_model()
     if name in RANDOM:
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, **RANDOM[name]))
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, **RANDOM[name]))
     elif name != "tiny":
         return aspo.load_model(aspo.Config(model=name))
     return model, tokenizer
 
 
 def stop_ids(vocabulary: int, new_tokens: int) -> list[int]:
-    """Random stop tokens, as many as end an untrained model's responses after new_tokens / 2 on average: geometric lengths."""
-    return torch.randperm(vocabulary, generator=torch.Generator().manual_seed(1))[:max(1, 2 * vocabulary // new_tokens)].tolist()
+    """Random stop tokens: an untrained model's responses get geometric lengths, new_tokens / 2 on average."""
+    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(1))
+    return order[:max(1, 2 * vocabulary // new_tokens)].tolist()
 
 
 def random_prompts(vocabulary: int, args) -> list[list[int]]:
@@ -80,7 +82,8 @@ def random_samples(vocabulary: int, prompts: list[list[int]], args) -> list:
             length = int(torch.empty(()).exponential_(2 / args.new_tokens, generator=generator)) + 1
             response = torch.randint(3, vocabulary, (min(length, args.new_tokens),), generator=generator).tolist()
             nothing = torch.zeros(len(response))
-            samples.append(aspo.Sample("", "", prompt, response, advantage=(-1.0) ** k, sampler_logp=nothing, old_logp=nothing))
+            samples.append(aspo.Sample("", "", prompt, response, advantage=(-1.0) ** k, sampler_logp=nothing,
+                                       old_logp=nothing))
     return samples
 
 
@@ -91,7 +94,7 @@ class Bench:
         self.args = args
         self.cfg = aspo.Config(prompts=args.prompts, minibatch=args.prompts, group_size=args.group, epochs=1,
                                max_new_tokens=args.new_tokens)
-        self.policy = aspo.Policy(*load(args.model), self.cfg, [{"problem": "1+1", "answer": "2"}])
+        self.policy = aspo.Policy(*load(args.model), self.cfg, [aspo.make_problem({"problem": "1+1", "answer": "2"})])
         self.device, vocabulary = self.policy.device, self.policy.model.config.vocab_size
         self.policy.stop_ids, self.policy.longest = stop_ids(vocabulary, args.new_tokens), 1
         self.prompts = random_prompts(vocabulary, args)
@@ -123,14 +126,16 @@ class Bench:
         with self.side(name) as policy:
             if name == "baseline":
                 return self.generate(policy)
-            return sum(len(tokens) for tokens, _, _ in policy.generate([p for p in self.prompts for _ in range(self.args.group)]))
+            rows = [prompt for prompt in self.prompts for _ in range(self.args.group)]
+            return sum(len(tokens) for tokens, _, _ in policy.generate(rows))
 
     @torch.no_grad()
     def generate(self, policy) -> int:
         tokens, mask = policy.pad(self.prompts, "left")
-        out = policy.sampler.generate(tokens.repeat_interleave(self.args.group, 0), do_sample=True, top_k=0, top_p=1.0,
-                                      attention_mask=mask.repeat_interleave(self.args.group, 0), eos_token_id=policy.stop_ids,
-                                      pad_token_id=0, max_new_tokens=self.args.new_tokens)[:, tokens.shape[1]:].cpu()
+        out = policy.sampler.generate(
+            tokens.repeat_interleave(self.args.group, 0), attention_mask=mask.repeat_interleave(self.args.group, 0),
+            do_sample=True, top_k=0, top_p=1.0, eos_token_id=policy.stop_ids, pad_token_id=0,
+            max_new_tokens=self.args.new_tokens)[:, tokens.shape[1]:].cpu()
         stopped = torch.isin(out, torch.tensor(policy.stop_ids)).long()
         return int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop token
 
@@ -148,14 +153,15 @@ class Bench:
         policy.zero_grad()
         for micro in self.padded_micros():
             tokens, attention = policy.pad([s.prompt + s.response for s in micro])
-            mask = pad_sequence([torch.tensor([0] * len(s.prompt) + [1] * len(s.response)) for s in micro], True)[:, 1:]
+            mask = [torch.tensor([0] * len(s.prompt) + [1] * len(s.response)) for s in micro]
+            mask = pad_sequence(mask, True)[:, 1:].to(self.device)
             with policy.half_precision():
                 logits = policy.model(tokens, attention_mask=attention, use_cache=False).logits[:, :-1].float()
             logp = logits.log_softmax(-1)
             entropy = -(logp.exp() * logp).sum(-1).detach()
             chosen = logp.gather(-1, tokens[:, 1:, None])[..., 0]
             advantages = torch.tensor([[s.advantage] for s in micro], device=self.device)
-            loss, _ = aspo.policy_loss(chosen, chosen.detach(), advantages, mask.to(self.device), self.cfg, norm=self.norm,
+            loss, _ = aspo.policy_loss(chosen, chosen.detach(), advantages, mask, self.cfg, norm=self.norm,
                                        entropy=entropy)
             loss.backward()
 
@@ -170,7 +176,8 @@ class Bench:
 
 
 QUESTIONS = [f"A shop sells {a} red and {b} blue balls a day. How many balls does it sell in {c} days?"
-             for a, b, c in ((3, 4, 5), (12, 7, 3), (20, 15, 2), (9, 9, 9), (31, 4, 6), (8, 2, 7), (14, 6, 10), (5, 5, 4))]
+             for a, b, c in (
+                 (3, 4, 5), (12, 7, 3), (20, 15, 2), (9, 9, 9), (31, 4, 6), (8, 2, 7), (14, 6, 10), (5, 5, 4))]
 
 
 def steps_of_trl(args, rounds: int) -> list[float]:
@@ -182,10 +189,11 @@ def steps_of_trl(args, rounds: int) -> list[float]:
     from trl import GRPOConfig, GRPOTrainer
 
     rows = args.prompts * args.group
-    config = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows // 4, gradient_accumulation_steps=4,
-                        num_generations=args.group, max_completion_length=args.new_tokens, max_steps=rounds, beta=0.0,
-                        learning_rate=1e-6, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                        bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows // 4, gradient_accumulation_steps=4,
+        num_generations=args.group, max_completion_length=args.new_tokens, max_steps=rounds, beta=0.0,
+        learning_rate=1e-6, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False,
+        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available())
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": QUESTIONS[i % 8]}]} for i in range(args.prompts)])
     tokens, speeds, started = [], [], 0.0
 
@@ -209,8 +217,9 @@ def steps_of_ours(args, rounds: int) -> list[float]:
     """The same steps by aspo.py."""
     cfg = dataclasses.replace(
         aspo.parse(["--model", args.model, "--data", "arithmetic", "--loss", "grpo"]), prompts=args.prompts,
-        minibatch=args.prompts, group_size=args.group, epochs=1, max_new_tokens=args.new_tokens, micro_tokens=args.micro_tokens)
-    problems = [{"problem": QUESTIONS[i % 8], "answer": "0"} for i in range(args.prompts)]
+        minibatch=args.prompts, group_size=args.group, epochs=1, max_new_tokens=args.new_tokens,
+        micro_tokens=args.micro_tokens)
+    problems = [aspo.make_problem({"problem": QUESTIONS[i % 8], "answer": "0"}) for i in range(args.prompts)]
     policy, speeds = aspo.Policy(*aspo.load_model(cfg), cfg, problems), []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -232,7 +241,7 @@ def timed(work, side: str, device) -> float:
 
 
 def resident(what: str = "VmRSS:") -> int:
-    """Bytes in memory now, or at most so far (VmHWM). Not ru_maxrss, which a child process takes over from its parent."""
+    """Bytes in memory now, or at most so far (VmHWM). Not ru_maxrss, which a child takes over from its parent."""
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
 
 
@@ -252,7 +261,8 @@ def peak(work, device) -> float:
 
 def peak_of(what: str, side: str) -> float:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{what} {side}"]
-    unspent = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # lest glibc's malloc hold back what it was given back, which then counts
+    # Lest glibc's malloc hold back what it was given back, which then counts.
+    unspent = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE,
                                      env=os.environ | unspent).stdout.decode().splitlines()[-1])
 
@@ -260,8 +270,8 @@ def peak_of(what: str, side: str) -> float:
 def main() -> None:
     args = parse()
     if args.trl:
-        print(f"{args.model}: whole steps of {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} tokens, "
-              "sampled tokens/s\n| ours | TRL | ours / TRL |\n|---|---|---|")
+        print(f"{args.model}: whole steps of {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} "
+              "tokens, sampled tokens/s\n| ours | TRL | ours / TRL |\n|---|---|---|")
         steps = 1 + torch.cuda.is_available()  # the first one captures graphs
         rounds = [(steps_of_ours(args, steps)[-1], steps_of_trl(args, steps)[-1]) for _ in range(args.rounds)]
         for a, b in rounds:

@@ -1,15 +1,15 @@
-"""GRPO, ASPO and no-is over seeds, and a table of what came out. What is finished is not run again, what was stopped goes on.
+"""GRPO, ASPO and no-is over seeds, and a table of what came out. Finished runs are reused, stopped ones go on.
 
-    python tests/experiment.py --seeds 8                              # the built-in task: 24 runs of two minutes, then their table
+    python tests/experiment.py --seeds 8                              # the built-in task: 24 runs, then a table
     python tests/experiment.py --seeds 2 --first_seed 100 --lr 2e-4 4e-4 8e-4    # learning rates, on two other seeds
-    python tests/experiment.py --model DIR --data sums --seeds 5 --lr 1e-5 3e-5  # a real model, about half an hour a run
+    python tests/experiment.py --model DIR --data sums --seeds 5 --lr 1e-5 3e-5  # a real model, half an hour a run
     python tests/experiment.py --out DIR --table                      # of the runs that are finished; starts nothing
-    python tests/experiment.py --out DIR --read 50                    # their responses at the start, a third and the end
+    python tests/experiment.py --out DIR --read 50                    # responses at the start, a third, the end
 
-Runs are OUT/<loss>-lr<lr>-s<seed>, each on one thread; flags of aspo.py go to new ones, such as --epochs 4 (with another
---out). Every finished run in OUT is in the table. Read responses before you believe a number: a reward can be earned by
-something else than what you wanted to teach. Runs of one seed begin alike and see the same problems, so methods are
-also compared pairwise, by seed.
+Runs are OUT/<loss>-lr<lr>-s<seed>, each on one thread; flags of aspo.py go to new ones, such as --epochs 4 (with
+another --out). Every finished run in OUT is in the table. Read responses before you believe a number: a reward can be
+earned by something else than what you wanted to teach. Runs of one seed begin alike and see the same problems, so
+methods are also compared pairwise, by seed.
 """
 import argparse
 import json
@@ -28,9 +28,10 @@ from conftest import ROOT, aspo
 from eval import half_width, last
 
 LOSSES, K = ("grpo", "aspo", "no-is"), 16
-REAL = ("--prompts 8 --group_size 8 --minibatch 2 --epochs 2 --max_new_tokens 24 --temperature 0.8 --steps 40 --eval_every 10 "
-        "--eval_problems 60 --eval_samples 2 --save_every 20").split()
-METRICS = {"reward": "reward", "entropy": "entropy (nats)", "response_length": "length (tokens)", "repetition": "repetition",
+REAL = ("--prompts 8 --group_size 8 --minibatch 2 --epochs 2 --max_new_tokens 24 --temperature 0.8 --steps 40 "
+        "--eval_every 10 --eval_problems 60 --eval_samples 2 --save_every 20").split()
+METRICS = {"reward": "reward", "entropy": "entropy (nats)", "response_length": "length (tokens)",
+           "repetition": "repetition",
            "weight_pos_high": "weight, A > 0, likely", "weight_pos_low": "weight, A > 0, unlikely",
            "weight_neg_high": "weight, A < 0, likely", "weight_neg_low": "weight, A < 0, unlikely",
            "ratio_pos": "ratio, A > 0", "ratio_neg": "ratio, A < 0", "approx_kl": "KL of a rollout's update"}
@@ -59,7 +60,7 @@ def evaluated(out: Path) -> list[dict]:
 
 
 def write_heldout(out: Path, flags: list) -> Path:
-    """The held-out problems of the runs in a file for eval.py: those of a built-in set would be more than a run held out."""
+    """A run's held-out problems, for eval.py: of a built-in set it would take more than were held out."""
     path, cfg = out / "heldout.jsonl", aspo.parse(list(map(str, flags)))
     out.mkdir(parents=True, exist_ok=True)
     rows = [{"problem": p["problem"], "answer": p["answer"]} for p in aspo.load_problems(cfg)[1]]
@@ -69,8 +70,9 @@ def write_heldout(out: Path, flags: list) -> Path:
 
 def call(script: str, *flags) -> str:
     """Run a program on one thread; what it says if it fails, else nothing."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True)
     return done.returncode and (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
 
 
@@ -82,8 +84,8 @@ def run(out: Path, flags: list) -> str:
             return error
     if not evaluated(out):
         temperature = json.loads((out / "config.json").read_text())["temperature"]
-        if error := call("eval.py", out, "--bench", out.parent / "heldout.jsonl", "--k", K, "--temperature", temperature,
-                         "--top_p", 1):
+        if error := call("eval.py", out, "--bench", out.parent / "heldout.jsonl", "--k", K,
+                         "--temperature", temperature, "--top_p", 1):
             return error
     for older in out.glob("checkpoint-*"):  # gigabytes, of a run that will not be resumed
         shutil.rmtree(older)
@@ -161,8 +163,8 @@ def report(out: Path) -> None:
                for by_loss in found.values() for by_seed in by_loss.values() for folder in by_seed.values()}
     for lr, by_loss in found.items():
         equal_reward = common_reward([metrics[folder] for by_seed in by_loss.values() for folder in by_seed.values()])
-        columns = {loss: {seed: summary(metrics[folder], evaluated(folder), equal_reward) for seed, folder in by_seed.items()}
-                   for loss, by_seed in by_loss.items()}
+        columns = {loss: {seed: summary(metrics[folder], evaluated(folder), equal_reward)
+                          for seed, folder in by_seed.items()} for loss, by_seed in by_loss.items()}
         print(f"\nlearning rate {lr}: mean over seeds ± half of its 95 % interval; in brackets, the number of runs\n")
         print(table(columns), flush=True)
     picture({lr: {loss: [metrics[folder] for folder in by_seed.values()] for loss, by_seed in by_loss.items()}
@@ -179,7 +181,8 @@ def picture(runs: dict[str, dict[str, list[list[dict]]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    fig, axes = pyplot.subplots(len(runs), len(CURVES), figsize=(11, 3.4 * len(runs)), layout="constrained", squeeze=False)
+    fig, axes = pyplot.subplots(
+        len(runs), len(CURVES), figsize=(11, 3.4 * len(runs)), layout="constrained", squeeze=False)
     for line, (lr, by_loss) in zip(axes, runs.items()):
         for axis, (key, title) in zip(line, CURVES.items()):
             for loss, seeds in by_loss.items():
@@ -240,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--model", args.model, "--data", data, *([] if tiny else REAL), *more]
         write_heldout(out, flags)
         jobs = [(out / f"{loss}-lr{lr}-s{seed}", [*flags, "--loss", loss, "--lr", lr, "--seed", seed])
-                for seed in range(args.first_seed, args.first_seed + args.seeds) for lr in rates for loss in args.losses]
+                for seed in range(args.first_seed, args.first_seed + args.seeds)
+                for lr in rates for loss in args.losses]
         with ThreadPoolExecutor(args.jobs) as pool:
             for (folder, _), error in zip(jobs, pool.map(lambda job: run(*job), jobs)):
                 print(f"{folder}: {error or 'finished'}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The table of experiment.py on made-up runs, whose numbers are known; and that it starts what is missing, nothing else."""
+"""The table of experiment.py on made-up runs, whose numbers are known; and that it starts only what is missing."""
 import json
 import subprocess
 
@@ -11,15 +11,16 @@ STEPS, K = 20, 16
 
 def row(step: int, entropy: float, reward: float, **more) -> dict:
     weights = {f"weight_{sign}_{kind}": 1.0 for sign in ("pos", "neg") for kind in ("low", "high")}
-    return {"step": step, "reward": reward, "entropy": entropy, "response_length": 8.0, "repetition": 0.0, "ratio_pos": 1.0,
-            "ratio_neg": None, "approx_kl": 0.01} | weights | more
+    return {"step": step, "reward": reward, "entropy": entropy, "response_length": 8.0, "repetition": 0.0,
+            "ratio_pos": 1.0, "ratio_neg": None, "approx_kl": 0.01} | weights | more
 
 
 def make_run(out, loss: str, seed: int, *, lr="1e-5", entropy=0.5, heldout=(0.2, 0.9, 0.8), done=STEPS, samples=True):
-    """Reward climbs by .05 a step from .05 to 1, entropy is `entropy` at first and falls to half of it from step 11 on."""
+    """Reward climbs by .05 a step from .05 to 1, entropy is `entropy` at first and half of it from step 11 on."""
     folder = out / f"{loss}-lr{lr}-s{seed}"
     (folder / "checkpoint").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"steps": STEPS, "eval_problems": 2, "loss": loss, "temperature": 0.8}))
+    config = {"steps": STEPS, "eval_problems": 2, "loss": loss, "temperature": 0.8}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [row(step, entropy if step <= 10 else entropy / 2, step / 20) for step in range(1, STEPS + 1)]
     for step, value in zip((5, 10, 20), heldout):
         rows[step - 1]["heldout_accuracy"] = value
@@ -105,8 +106,8 @@ def test_only_what_is_missing_is_run(out, monkeypatch, capsys):
     assert experiment.main([*model, "--losses", "grpo", "--seeds", "1", "--first_seed", "3"]) == 1
     assert "in use" in capsys.readouterr().err
     assert calls[0][0] == "aspo.py" and "--resume" not in calls[0]
-    for flag, value in {"--data": "sums", "--loss": "grpo", "--lr": "1e-5", "--seed": "3", "--steps": "40", "--epochs": "4",
-                        "--out": str(out / "grpo-lr1e-5-s3")}.items():
+    for flag, value in {"--data": "sums", "--loss": "grpo", "--lr": "1e-5", "--seed": "3", "--steps": "40",
+                        "--epochs": "4", "--out": str(out / "grpo-lr1e-5-s3")}.items():
         assert calls[0][len(calls[0]) - calls[0][::-1].index(flag)] == value
 
 
@@ -130,5 +131,6 @@ def test_held_out_problems_are_those_of_the_runs(tmp_path):
 
 
 def test_a_failed_program_is_told_by_its_last_line(monkeypatch):
-    monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2, "", "x\nerror: y\n"))
+    done = subprocess.CompletedProcess([], 2, "", "x\nerror: y\n")
+    monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: done)
     assert experiment.call("aspo.py") == "error: y"

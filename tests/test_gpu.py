@@ -1,6 +1,7 @@
 """What a CPU can prove about the CUDA path, and that gpu.py, which needs a GPU, does what it says."""
 import copy
 import math
+import re
 
 import gpu
 import pytest
@@ -48,20 +49,21 @@ class Graph:
                     old.copy_(value)
 
 
-def record(decoder, size: tuple):
-    """Decoder.record without a GPU. A capture runs nothing, so what the step changed is put back, and so is the seed."""
-    def states():
-        return [decoder.token, decoder.position, decoder.bias, decoder.t, decoder.tokens, decoder.logps, decoder.entropies,
-                decoder.cache.column, *sum(decoder.cache.buffers, [])]
+def state_of(decoder) -> list[torch.Tensor]:
+    return tensors(vars(decoder), vars(decoder.cache))
 
-    before, seed = [x.clone() for x in states()], torch.get_rng_state()
+
+def record(decoder, size: tuple):
+    """Decoder.record without a GPU. A capture runs nothing, so what the step changed is put back, and the seed."""
+    changing = state_of(decoder)
+    before, seed = [x.clone() for x in changing], torch.get_rng_state()
     for counter in (decoder.t, decoder.position, decoder.cache.column):
         counter.sub_(1)  # the step that has just been made, again: the next one may have no column
     with Operations() as operations:
         decoder.step()
     reads = [str(op) for op, *_ in operations.log if any(name in str(op) for name in READS)]
     assert not reads, f"a step that reads the host cannot be captured: {reads}"
-    for x, value in zip(states(), before):
+    for x, value in zip(changing, before):
         x.copy_(value)
     torch.set_rng_state(seed)
     decoder.graphs[size] = Graph(operations.log)
@@ -97,7 +99,8 @@ def test_every_check_passes_on_a_cpu(letter, lab, graphs, capsys):
     assert any(row.endswith("| ok |") for row in rows) or letter == "e"
 
 
-@pytest.mark.parametrize("status, steps, good", [(0, range(1, 7), True), (0, [1, 2, 2, 3, 4, 5, 6], False), (1, range(1, 4), False)])
+@pytest.mark.parametrize("status, steps, good", [
+    (0, [1, 2, 3, 4, 5, 6], True), (0, [1, 2, 2, 3, 4, 5, 6], False), (1, [1, 2, 3], False)])
 def test_programs_are_judged_by_their_status_and_steps(lab, monkeypatch, capsys, status, steps, good):
     """Without starting them, which takes long, and is done by the tests of runs and of processes."""
     started = []
@@ -172,7 +175,8 @@ def test_replays_equal_plain_steps_over_prompts_and_weights_that_change(lab, gra
     for turn in range(3):
         torch.manual_seed(turn)
         drawn = policy.generate(policy.rows)
-        addresses = [x.data_ptr() for x in (policy.decoder.token, policy.decoder.tokens, *policy.decoder.cache.buffers[0])]
+        addresses = [x.data_ptr() for x in state_of(policy.decoder)]
+        assert len(addresses) > 10
         torch.manual_seed(turn)
         plain.decoder = aspo.Decoder(plain.sampler, bucketed=True)
         others = plain.generate(plain.rows)
@@ -202,12 +206,12 @@ def test_a_capture_that_fails_is_said_once(lab, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error, expected", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"), True),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),  # instantiation
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
-                  "allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"), True),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"), True),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously"), True),  # a graph's
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you"), True),
     (MemoryError(), True),
     (RuntimeError("CUDA error: operation failed due to a previous error during capture"), False),
     (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
@@ -232,14 +236,14 @@ def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
 
 
 def counted_bytes(work, *shape) -> int:
-    """Read and written by every operation, without doing it; a gather reads as much as it writes."""
+    """Read and written by every operation, without doing it; what picks some elements reads as many as it writes."""
     with FakeTensorMode():
         logits = torch.empty(*shape, dtype=torch.bfloat16)
         with Operations() as operations:
             work(logits)
     return sum(t.numel() * t.element_size() for op, args, kwargs, result in operations.log
                if not op.is_view and "prim" not in str(op)
-               for t in tensors((result, args[2:], result) if "gather" in str(op) else (args, kwargs, result)))
+               for t in tensors(result, (args[1:], result) if re.search("gather|index", str(op)) else (args, kwargs)))
 
 
 def test_drawing_a_token_moves_little_memory():
@@ -262,7 +266,7 @@ def test_draws_follow_the_probabilities_of_a_large_vocabulary():
         expected = torch.zeros(100).double().index_add_(0, where, probs.double()) * rows * calls
         found = torch.bincount(where[drawn], minlength=100)
         chi2 = ((found - expected) ** 2 / expected).sum().item()
-        assert chi2 < 99 + 4.5 * math.sqrt(2 * 99), chi2  # 4.5 standard deviations above the mean of 99 degrees of freedom
+        assert chi2 < 99 + 4.5 * math.sqrt(2 * 99), chi2  # 4.5 sigma above 99 degrees of freedom
 
 
 def test_no_token_of_probability_0_is_drawn_from_a_large_vocabulary():
@@ -312,5 +316,6 @@ def test_a_resume_holds_one_set_of_moments(lab, tmp_path, monkeypatch):
     moments = [x for x in tensors(dict(policy.optimizer.state)) if x.ndim]
     saved = {x.data_ptr() for x in tensors(load(tmp_path / "run/checkpoint/trainer.pt", "cpu")["optimizer"]) if x.ndim}
     n = sum(p.numel() for p in policy.model.parameters())
-    assert sum(x.numel() for x in moments) == 2 * n and len({x.data_ptr() for x in moments}) == len(moments) == len(saved)
+    assert sum(x.numel() for x in moments) == 2 * n
+    assert len({x.data_ptr() for x in moments}) == len(moments) == len(saved)
     assert not state["optimizer"]  # nothing stays behind on the CPU
