@@ -62,6 +62,8 @@ def evaluated(out: Path) -> list[dict]:
 def write_heldout(out: Path, flags: list) -> Path:
     """A run's held-out problems, for eval.py: of a built-in set it would take more than were held out."""
     path, cfg = out / "heldout.jsonl", aspo.parse(list(map(str, flags)))
+    if path.exists():  # samples have been drawn for it
+        return path
     out.mkdir(parents=True, exist_ok=True)
     rows = [{"problem": p["problem"], "answer": p["answer"]} for p in aspo.load_problems(cfg)[1]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
