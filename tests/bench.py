@@ -142,6 +142,7 @@ class Bench:
     def update(self, name: str) -> int:
         """Leaves the gradient in .grad. Tokens trained on."""
         with self.side(name) as policy:
+            policy.model.zero_grad()
             if name == "baseline":
                 self.full_logits(policy)
             else:
@@ -150,7 +151,6 @@ class Bench:
 
     def full_logits(self, policy):
         """Right-padded rows, logits of every position."""
-        policy.zero_grad()
         for micro in self.padded_micros():
             tokens, attention = policy.pad([s.prompt + s.response for s in micro])
             mask = [torch.tensor([0] * len(s.prompt) + [1] * len(s.response)) for s in micro]
@@ -171,7 +171,7 @@ class Bench:
                 aspo.remember_old_logp(policy, self.samples)
         self.update(name)
         found = torch.cat([p.grad.flatten() for p in self.policy.model.parameters()])
-        self.policy.zero_grad()
+        self.policy.model.zero_grad()
         return found
 
 
