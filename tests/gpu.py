@@ -154,7 +154,7 @@ def real_step(lab: Lab):
     rng, metrics = random.Random(0), {}
     peak = bench.peak(lambda: metrics.update(aspo.train(cfg, lambda response, row: float(rng.random() < 0.5))),
                       torch.device(lab.device))
-    formula = sum(needed(SHAPES["0.5B (Qwen2.5)"], cfg, 5 * lab.prompt_tokens // 4).values()) / GIB
+    formula = sum(needed(SHAPES["qwen-0.5b"], cfg, 5 * lab.prompt_tokens // 4).values()) / GIB
     yield ("two steps at the defaults of qwen-0.5b, peak GiB", f"{peak:.1f}", f"at most 1.1 x formula, {formula:.1f}",
            peak < 1.1 * formula)
     if lab.cuda:
