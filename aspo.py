@@ -2157,7 +2157,7 @@ def open_run(cfg: Config, reward: Callable | None = None) -> Run:
 AT_LEAST_1 = ("steps", "prompts", "minibatch", "epochs", "max_new_tokens", "dual_clip",
               "sample_rows", "micro_tokens", "eval_problems", "eval_samples")
 LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"group_size": 2, "temperature": 0.01}  # of all others: 0
-CHOICES = {"loss": tuple(WEIGHTS), "engine": ("auto", "fast", "plain"),
+CHOICES = {"loss": WEIGHTS, "engine": ("auto", "fast", "plain"),
            "loss_agg": ("token", "sequence", "constant")}
 MAY_CHANGE = {"out", "resume", "device", "steps", "eval_every", "save_every", "engine",
               "sample_rows", "micro_tokens", "gradient_checkpointing"}  # when a run is resumed
