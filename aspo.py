@@ -1424,30 +1424,40 @@ UNSEEN = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_m
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
 
 
-def not_fast(config, longest: int) -> str | None:
+def exceeded(policy: "Policy") -> dict[str, int]:
+    """The windows that are shorter than the longest text."""
+    config = policy.model.config.get_text_config()
+    windows = {name: getattr(config, name, None) or 0 for name in WINDOWS}
+    return {name: window for name, window in windows.items() if 0 < window < policy.longest}
+
+
+def not_fast(policy: "Policy") -> str | None:
     """What FAST leaves out, though short texts of an untrained model need not show it."""
-    config = config.get_text_config()
+    config = policy.model.config.get_text_config()
     for name in UNSEEN:
         if getattr(config, name, None) not in (None, 1):
             return f"it has {name}"
-    for name in WINDOWS:
-        if 0 < (getattr(config, name, None) or 0) < longest:
-            return f"its {name} is shorter than the longest text of {longest} tokens"
+    for name in exceeded(policy):
+        return f"its {name} is shorter than the longest text of {policy.longest} tokens"
 
 
 @torch.no_grad()
 def probe(policy: "Policy", engine: Engine) -> str | None:
     """What an engine gets wrong on sequences of several lengths; None if it is right."""
     policy.engine, policy.decoder, model = engine, None, policy.model
-    longest = min(70, policy.context - policy.max_new_tokens)
-    prompts = [[(3 + n + 7 * i) % policy.n_embeddings for i in range(n)] for n in (2, 17, longest)]
+    # Beyond every window that texts exceed: some layers take padding for text there.
+    longest = min(70 + max(exceeded(policy).values(), default=0),
+                  policy.context - policy.max_new_tokens)
+    vocabulary = model.config.get_text_config().vocab_size  # may be less than n_embeddings
+    prompts = [[(3 + n + 7 * i) % vocabulary for i in range(n)]
+               for n in (2, max(2, longest - 40), longest)]
     try:
         model.set_attn_implementation("packed" if engine is FAST else policy.own_attention)
         drawn = engine.generate(policy, prompts)
         samples = [Sample("", "", p, tokens) for p, (tokens, _, _) in zip(prompts, drawn)]
         logp, _, mask = engine.token_logp(policy, model, samples)
     except Exception as error:  # whatever an unusual architecture makes of our masks and cache
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     finally:
         model.set_attn_implementation(policy.own_attention)
     gaps = torch.zeros(2)
@@ -1457,14 +1467,15 @@ def probe(policy: "Policy", engine: Engine) -> str | None:
         own, _ = logp_and_entropy(own, ids[0, len(s.prompt):], 1.0)
         gaps = gaps.maximum((torch.stack([sampled, row[where]]) - own).abs().amax(-1))
     if not (gaps < 1e-3).all():  # NaN as well
-        return f"log-probabilities are off by {gaps[0]:.2g} and {gaps[1]:.2g}"
+        return (f"log-probabilities are off by {gaps[0]:.2g} in sampling and {gaps[1]:.2g} in "
+                "training")
 
 
 def choose_engine(policy: "Policy"):
     """FAST where it is right, else PLAIN; a model that neither gets right is refused."""
     wanted, kind = policy.cfg.engine, type(policy.model).__name__
     if wanted != "plain":
-        reason = not_fast(policy.model.config, policy.longest) or probe(policy, FAST)
+        reason = not_fast(policy) or probe(policy, FAST)
         if not reason:
             policy.model.set_attn_implementation("packed")
             return
@@ -1537,7 +1548,8 @@ class Policy:
                 raise UserError(f"the prompt of {begin} is empty: see the chat template")
             if len(ids) + limit > self.context:
                 raise UserError(f"a prompt of {len(ids)} tokens + --max_new_tokens {limit} exceeds "
-                                f"the model's context of {self.context}: it begins {begin}")
+                                f"the model's context of {self.context} (under longrope its "
+                                f"original one): it begins {begin}")
             if max(ids + self.eos_ids) >= self.n_embeddings:
                 raise UserError(f"the tokenizer knows token {max(ids + self.eos_ids)}, but the "
                                 f"model embeds only {self.n_embeddings}: they are not a pair")
