@@ -1457,7 +1457,8 @@ def probe(policy: "Policy", engine: Engine) -> str | None:
         samples = [Sample("", "", p, tokens) for p, (tokens, _, _) in zip(prompts, drawn)]
         logp, _, mask = engine.token_logp(policy, model, samples)
     except Exception as error:  # whatever an unusual architecture makes of our masks and cache
-        return f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return ("it wants another cache or attention "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]})")
     finally:
         model.set_attn_implementation(policy.own_attention)
     gaps = torch.zeros(2)
