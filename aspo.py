@@ -1038,7 +1038,7 @@ def context(model) -> float:
     for kind in (rope, *rope.values()):  # some models have one for each kind of layer
         if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
             limits.append(kind.get("original_max_position_embeddings"))
-    return min(filter(None, limits), default=math.inf)
+    return min((n for n in limits if n and n > 0), default=math.inf)  # XLNet's is -1
 
 
 def stop_tokens(model, tokenizer) -> list[int]:
