@@ -522,7 +522,7 @@ def test_a_seed_of_any_size(tmp_path, quiet_signals):
 
 def make_policy(tiny, **settings):
     """A policy of the tiny model with plain gradient descent: Adam would hide what a gradient's size is."""
-    common = dict(minibatch=1, epochs=1, group_size=4, prompts=2, instruction="", max_new_tokens=16, grad_clip=1e9)
+    common = dict(minibatch=1, epochs=1, group_size=4, prompts=2, instruction="", max_new_tokens=16)
     torch.manual_seed(0)
     policy = Policy(*tiny, Config(**common | settings), [aspo.make_problem({"problem": "1+2", "answer": "3"})])
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
