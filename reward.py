@@ -115,10 +115,10 @@ SCALE = re.compile(rf"(?<=\d) ?(\\text\{{)? ?({'|'.join(SCALES)})\b")
 CLEAN = [  # what the text has to contain, pattern, replacement
     (key[0] if key else re.match(r"(?:\\\\[a-z]*)?", pattern)[0][1:], re.compile(pattern), new)
     for pattern, new, *key in (
-    (r"\\(?:text(?!color|style)\w*|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
+    (r"\\(?:text(?!color|style)[a-z]*|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
     (r"\\(?:math(?:bf|it|sf|cal)|overline(?= ?\{[A-Z]+\} ?=)) ?\{([^{}]*)\}", r"\1"),
     (r"(?<=[{(\[]) | (?=[})\]])|\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|"
-     r"[a-z]+style|hline|vec|hat|bold|boldsymbol|triangle|angle)(?![a-zA-Z])|\\! ?"
+     r"[a-z]+style|hline|vec|hat|bold[a-z]*|triangle|angle)(?![a-zA-Z])|\\! ?"
      r"|\bm ?(?=\\angle)|\\(?:text)?color(?:box)? ?(?:\{[^{}]*\}|[a-z]+)"
      r"|\\[hv]?(?:phantom|space) ?\{[^{}]*\}", ""),
     (r"\\text\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
@@ -145,11 +145,11 @@ CLEAN = [  # what the text has to contain, pattern, replacement
     (r"^(?:\\text\{)?[aA]ll reals?(?: numbers)?\}?$", r"\\reals"),
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x>3}
     (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
-    (r"^(?:\w ?\\in ?\\reals[, ]*)?\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"),
+    (r"^(?:\w ?\\in ?\\reals[, ]*)?[a-z] ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"),
     (r"^\w ?\\equiv(?=.*\\mod)", ""),
-    (r"(?:,? ?(?:\\text\{)?[, ]{0,3}\b(?:where|with|for (?:a[ln]\w?|every|each|some|integers?|"
-     r"constants?))\b|, *(?=[a-zA-Z] ?\\in\b))(?=.*(?<![a-zA-Z\\])(?:[b-zA-Z]|a(?! ?[a-zA-Z]))"
-     r"(?![a-zA-Z]))[^=<>\d]*$", "", " "),  # x + c for any c
+    (r",? ?(?:\\text\{)?(?:[, ]{0,3}\b(?:where|with|for (?:a[ln]\w?|every|each|some|int\w+|const\w+))"
+     r"\b|[, ]{0,3}[,(] *(?=[a-zA-Z] ?(?:\\in\b|an int)))(?=.*(?<![a-zA-Z\\])(?:[b-zA-Z]|"
+     r"a(?! ?[a-zA-Z]))(?![a-zA-Z]))[^=<>\d]*$", "", " "),
     (r"^((?:[^=a-zA-Z]|\\(?:frac|sqrt|pi))+?) ?= ?([a-df-hj-zA-Z])$", r"\2=\1", "="),
     (r" +", " "))]
 
@@ -221,8 +221,8 @@ mp = MPContext()
 mp.prec = 800
 CLOSE, NOISE, APART = mp.mpf(2) ** -450, 600, 250
 POINTS = ((0.95, 0.99), (10, 40), (-0.9, -0.1), (-40, -10))
-LOCK = threading.Lock()  # for mpmath's caches and for `spent`
-spent = 0  # work of the reading in progress
+LOCK = threading.Lock()  # for mpmath and `spent`
+spent = 0  # of WORK
 
 
 @functools.lru_cache(maxsize=1024)
@@ -467,7 +467,7 @@ class Reader:
         if self.accept("-"):
             value = negative(self.expression(max(least, 2)))
         else:
-            self.accept("+")
+            self.i += least == 1 and self.peek == "+"
             value = self.atom()
         while True:
             if self.peek in AFTER and least < 4:
@@ -557,7 +557,7 @@ class Reader:
             return value
         if ends == r"\{\}":
             return ("set", *items)
-        if ends not in ("()", "[]") and (ends not in ("(]", "[)") or len(items) == 1):
+        if ends not in ("()", "[]", "(]", "[)")[:2 * len(items)]:
             raise Unreadable
         if len(items) == 1:
             return items[0]
@@ -666,6 +666,7 @@ def equal(a, b):
     return alike and len(a) == len(b) and all(map(equal, a[1:], b[1:]))
 
 
+SCALED = re.compile(r"(?<=[\d)}]) ?(?:\\?%|\\degree) ?(?=$|[,)\]]|\\\})")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
 PLAIN = re.compile(rf"[({{]*[-+]?(?:\d+\.?\d*|\.\d+|{FRACTION})[)}}]*")
@@ -710,14 +711,14 @@ def exact(text: str) -> str:
 
 
 def is_finished(text: str) -> bool:
-    """Of a number: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, or 26 behind 18+8 =."""
+    """7.0, 1/2, 2\\frac12, 1.5\\times10^3, or 26 behind 18+8 =."""
     found = FINISHED.fullmatch(text.rpartition("=")[2].strip())
     parts = [int(part) for part in found.groups()[:4] if part] if found else []
     return bool(found) and (not parts or parts[1] > 1 and math.gcd(*parts) == 1)
 
 
 def values_agree(given: str, gold: str) -> bool:
-    """With commas between thousands or items; with and without %, where one side has it."""
+    """With commas between thousands or items; without % where one side has none."""
     global spent
     joined = tuple(THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
                    for text in (given, gold))
@@ -728,7 +729,7 @@ def values_agree(given: str, gold: str) -> bool:
                 x, y = texts
         if unit and gold_unit and unit != gold_unit or PLAIN.fullmatch(y) and not is_finished(x):
             continue
-        bare = [re.sub(r"\\?%|\\degree", "", text) for text in (x, y)]
+        bare = [SCALED.sub("", text) for text in (x, y)]
         for pair in [(x, y)] + [bare] * ((bare[0] == x) != (bare[1] == y)):
             values = list(map(read, pair))
             spent = 0
@@ -768,7 +769,7 @@ def is_equal(given: str, gold: str) -> bool:
 
 
 def is_readable(answer: str) -> bool:
-    """Whether an answer can be read: as mathematics, a choice or a few words. Never raises."""
+    """Whether an answer can be read, as mathematics or a few words. Never raises."""
     try:
         with LOCK:
             text = clean(answer[:LONGEST + 1])
