@@ -52,7 +52,7 @@ SENTENCE_END = re.compile(
 
 
 def braced(text: str, start: int) -> str | None:
-    """What the group that opens before start holds; None if it does not close soon."""
+    """What the group open at start holds; None if it does not close soon."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text[start:start + 10 * LONGEST], re.S):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -66,7 +66,8 @@ def last_box(text: str) -> str | None:
     answer, end = None, -1
     for box in list(BOX.finditer(text))[-16:]:
         content = box[1] or braced(text, box.end())
-        if content and box.start() >= end and not NOTHING.fullmatch(content):
+        if content and box.start() >= end and not (
+                NOTHING.fullmatch(content) or text.startswith("}{", box.end() + len(content))):
             answer, end = content.strip(), box.end() + (0 if box[1] else len(content))
     return answer
 
@@ -85,7 +86,7 @@ def last_phrase(text: str) -> str | None:
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer as text, or None. Only what follows </think> counts. Never raises."""
+    """The final answer as text, or None. Never raises."""
     text = END_OF_TURN.split(response, maxsplit=1)[0]
     if thoughts := list(THOUGHT.finditer(text)):
         if not thoughts[-1][1]:
@@ -125,7 +126,7 @@ CLEAN = [  # what the text has to contain, pattern, replacement
     (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "),
     (r"^ *(?:[a-df-hj-z] ?)?\\approx *(?=(?:\\\$)?-?\d*\.\d)", ""),
     (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
-    (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
+    (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000
     (r"(?<!\\)\\[, $]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"([_^]) ?\{(\w)\}(?!\w)", r"\1\2", "{"), (r"\\sqrt ?\[([^][]*)\]", r"\\root{\1}"),
     (r"\\frac ?(\d)", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
@@ -144,7 +145,7 @@ CLEAN = [  # what the text has to contain, pattern, replacement
     (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*", "x"),
     (r"^(?:\\text\{)?[aA]ll reals?(?: numbers)?\}?$", r"\\reals"),
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x>3}
-    (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
+    (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),
     (r"^(?:\w ?\\in ?\\reals[, ]*)?[a-z] ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"),
     (r"^\w ?\\equiv(?=.*\\mod)", ""),
     (r",? ?(?:\\text\{)?(?:[, ]{0,3}\b(?:where|with|for (?:a[ln]\w?|every|each|some|int\w+|const\w+))"
@@ -183,7 +184,7 @@ UNITS = {unit: names.split()[0] for names in (
 WORD = r"\\text\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
                   rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
-HEDGES = set(  # no units
+HEDGES = set(
     "is not no if for some maybe perhaps possibly probably about approximately approx almost "
     "around roughly nearly at least most more less than when where unless wrong incorrect false "
     "but except over under to from between any other else something guess think likely unsure "
@@ -286,7 +287,7 @@ def negative(a):
 
 
 def positive(a):
-    """Of what has variables, roots and logarithms are taken where they are real."""
+    """Roots and logarithms of variables are taken where they are real."""
     many = isinstance(a, list) and len(a) > 1
     return [x if x is None or x.imag or x.real >= 0 else None for x in a] if many else a
 
@@ -368,7 +369,7 @@ OPENING = {"(", "[", "{", r"\{"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "∈"}
 
 LETTER = rf"(?:[a-zA-Z]|{'|'.join(sorted(LETTERS, key=len, reverse=True))})(?:_\{{?\w+\}}?)?'*"
-NAME = re.compile(  # as in AB = 5 or f(x) = x^2; not xy, or xy = 5 would be 5
+NAME = re.compile(  # AB = 5 or f(x) = x^2; not xy, or xy = 5 would be 5
     rf"\\text.*|{LETTER}|[A-Z]{{2,4}}|\|[A-Z]{{2}}\||[A-Z]{{2}}/[A-Z]{{2}}|[a-zA-Z]{{4,}}"
     rf"|[fghpqA-Z](?:\^\{{-1\}})?'*\([\w,]+\)|\({LETTER}(?:,{LETTER})+\)")
 
@@ -414,9 +415,9 @@ AFTER = {"!": factorial, "%": lambda a: multiply(a, Fraction(1, 100)),
          "°": lambda a: multiply(a, [mp.pi / 180])}
 BETWEEN = {
     "+": (1, add), "-": (1, lambda a, b: add(a, negative(b))), r"\setminus": (1, without),
-    r"\cup": (1, lambda a, b: ("set", *items_of(a), *items_of(b))), "*": (2, multiply),
-    "/": (2, divide), ":": (2, lambda a, b: (":", divide(a, b))), "^": (3, power),
-    r"\mixed": (4, add)}  # 2\frac12
+    r"\cup": (1, lambda a, b: tag(a) and tag(b) and ("set", *items_of(a), *items_of(b))),
+    "*": (2, multiply), "/": (2, divide), ":": (2, lambda a, b: (":", divide(a, b))),
+    "^": (3, power), r"\mixed": (4, add)}
 
 
 class Reader:
@@ -506,7 +507,7 @@ class Reader:
         raise Unreadable
 
     def number(self, token):
-        if "_" in token:  # not yet converted
+        if "_" in token or token[:2] == "00":  # not yet converted
             return ("text", re.sub("[{}]", "", token))
         if found := re.fullmatch(REPEATING, token):  # 0.1\overline{6}, 0.1(6), 0.1666...
             whole, fixed, block, again = found.groups()
@@ -658,7 +659,7 @@ def equal(a, b):
             return True
         zeros = [add(left, negative(right)) for _, _, right, left in (a, b)]
         ratios = [ratio for ratio in divide(*zeros) if ratio is not None]
-        return len(ratios) > 1 and all(close(ratio, ratios[0]) for ratio in ratios)
+        return len(ratios) > 1 and all(ratio and close(ratio, ratios[0]) for ratio in ratios)
     if tags[0] == "text":
         return a == b
     alike = tags[0] == tags[1] or {*tags} in (

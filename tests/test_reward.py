@@ -863,7 +863,7 @@ RESPONSES = [  # response, gold, whether it is right
     (r"\boxed{3} or in words \boxed{\text{three}}", "3", 1), (r"\boxed{5} \boxed{ }", "5", 1), (r"\boxed{5} \boxed{\quad}", "5", 1),
     (r"\boxed -3", "-3", 1), (r"\boxed 0.5", "0.5", 1), (r"\boxed{\text{}} and \boxed{9}", "9", 1),
     ("<think>\n\\boxed{42}\n", "42", 0), (r"<think>a</think>b<think>\boxed{42}", "42", 0),
-    (r"<think>\boxed{41}</think>\boxed{42}", "42", 1), ("<think>...</think>\nThe answer is 42.", "42", 1),
+    (r"\boxed{5}{}", "5", 0), (r"\boxed{4}, \boxed{5}{", "5", 0), (r"<think>\boxed{41}</think>\boxed{42}", "42", 1), ("<think>...</think>\nThe answer is 42.", "42", 1),
     ("<think>the answer is 42</think>\nI do not know.", "42", 0), (r"<THINK>\boxed{42}", "42", 0),
     ("<think><answer>42</answer>", "42", 0), (r"</think>\boxed{42}", "42", 1)]
 KINDS = {  # kind -> (right, wrong) pairs, response | gold; not the other way round
@@ -901,7 +901,8 @@ KINDS = {  # kind -> (right, wrong) pairs, response | gold; not the other way ro
          (r"m\angle A=40^\circ", "40"), (r"m\angle ABC = 120^\circ", "120"), (r"ax+b \text{ for some constants } a, b", "ax+b"),
          (r"ax^2 \text{ for some constant } a", "ax^2"), (r"2k\pi, \quad k \in \mathbb{Z}", r"2k\pi"), (r"2k\pi \text{ for integer } k", r"2k\pi"),
          (r"2k\pi \text{ (k an integer)}", r"2k\pi"), (r"\frac{\pi}{2}+k\pi\ (k\in\mathbb{Z})", r"\frac\pi2+k\pi")],
-        [(r"cx \text{ for some constant } c", "x"), ("5=x+1", "5"), ("7=8", "8"), ("7 = 3+4", "7")]),
+        [(r"cx \text{ for some constant } c", "x"), ("5=x+1", "5"), ("7=8", "8"), ("7 = 3+4", "7"), ("x=x", "x=5"), ("a=1, b=b", "a=1, b=2"),
+         (r"(0.5\cup 3)", "(0.5,3)"), ("1, 0", "1,000")]),
     "units": (
         [("m/2", "0.5m"), (r"\frac{m}{2}", "0.5m"), ("g/2", r"\frac12 g"), ("5 yards", "5 yd"), ("5 mg", "5"), (r"5\text{ mg}", r"5\text{ milligrams}"),
          ("2 yr", r"2\text{ years}"), ("5 metres", r"5\text{ m}"), ("5 litres", "5 L"), ("5 centimetres", r"5\text{ cm}"),
