@@ -116,7 +116,7 @@ SCALE = re.compile(rf"(?<=\d) ?(\\text\{{)? ?({'|'.join(SCALES)})\b")
 CLEAN = [  # what the text has to contain, pattern, replacement
     (key[0] if key else re.match(r"(?:\\\\[a-z]*)?", pattern)[0][1:], re.compile(pattern), new)
     for pattern, new, *key in (
-    (r"\\(?:text(?!color|style)[a-z]*|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
+    (r"\\(?:text(?!col|sty)[a-z]*|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
     (r"\\(?:math(?:bf|it|sf|cal)|overline(?= ?\{[A-Z]+\} ?=)) ?\{([^{}]*)\}", r"\1"),
     (r"(?<=[{(\[]) | (?=[})\]])|\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|"
      r"[a-z]+style|hline|vec|hat|bold[a-z]*|triangle|angle)(?![a-zA-Z])|\\! ?"
@@ -148,9 +148,9 @@ CLEAN = [  # what the text has to contain, pattern, replacement
     (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),
     (r"^(?:\w ?\\in ?\\reals[, ]*)?[a-z] ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"),
     (r"^\w ?\\equiv(?=.*\\mod)", ""),
-    (r",? ?(?:\\text\{)?(?:[, ]{0,3}\b(?:where|with|for (?:a[ln]\w?|every|each|some|int\w+|const\w+))"
-     r"\b|[, ]{0,3}[,(] *(?=[a-zA-Z] ?(?:\\in\b|an int)))(?=.*(?<![a-zA-Z\\])(?:[b-zA-Z]|"
-     r"a(?! ?[a-zA-Z]))(?![a-zA-Z]))[^=<>\d]*$", "", " "),
+    (r",? ?(?:\\text\{)?(?:[, ]{0,3}\b(?:where|with|for (?:a[ln]\w?|every|each|some|int\w+|"
+     r"const\w+))\b|[, ]{0,3}[,(] *(?=[a-zA-Z] ?(?:\\in\b|an int)))(?=.*(?<![a-zA-Z\\])"
+     r"(?:[b-zA-Z]|a(?! ?[a-zA-Z]))(?![a-zA-Z]))[^=<>\d]*$", "", " "),
     (r"^((?:[^=a-zA-Z]|\\(?:frac|sqrt|pi))+?) ?= ?([a-df-hj-zA-Z])$", r"\2=\1", "="),
     (r" +", " "))]
 
@@ -679,7 +679,7 @@ FINISHED = re.compile(  # a number that is worked out
     rf"|{REPEATING}|{NUMERAL}|(?:\\text\{{)?[a-z ]+)(?:[)}}\]% ]|\\\}}|\\%|\\degree)*", re.I)
 CHOICE = re.compile(r"\(?([A-Ja-e])(?:[).:](?: +([^()]*))?)?")
 WORDS = re.compile(r"(?!.*\b(?:and|or)\b)(?:[aA] )?[^\W\d_]{2,}(?: [^\W\d_]+|(?<=\w{3})-\w{3,})*")
-PRODUCT = re.compile(  # letters, and no word
+PRODUCT = re.compile(
     r"(?i)[abcdwxyz]+|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\Waeiou\d_]a")
 
 
