@@ -177,10 +177,10 @@ def clean(text: str) -> str:
 
 
 UNITS = {unit: names.split()[0] for names in (
-    "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "mph", "oz",
+    "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "mph", "per",
     "in inch inche", "mi mile", "yd yard", "kg kilogram", "g gram", "mg milligram", "lb pound",
-    "ml milliliter", "yr year", "s sec second", "min minute", "h hr hour", "l liter", "rad radian",
-    "am", "pm", "^2 square sq", "^3 cubic") for unit in names.split()}
+    "oz", "ml milliliter", "yr year", "s sec second", "min minute", "h hr hour", "l liter", "am", "pm",
+    "rad radian", "^2 square sq", "^3 cubic") for unit in names.split()}
 WORD = r"\\text\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
                   rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
@@ -667,7 +667,7 @@ def equal(a, b):
     return alike and len(a) == len(b) and all(map(equal, a[1:], b[1:]))
 
 
-SCALED = re.compile(r"(?<=[\d)}]) ?(?:\\?%|\\degree) ?(?=$|[,)\]]|\\\})")
+SCALED = re.compile(r"(?<=[\w)}]) ?(?:\\?%|\\degree) ?(?=$|[,)\]]|\\\})")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
 PLAIN = re.compile(rf"[({{]*[-+]?(?:\d+\.?\d*|\.\d+|{FRACTION})[)}}]*")

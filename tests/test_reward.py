@@ -906,6 +906,7 @@ KINDS = {  # kind -> (right, wrong) pairs, response | gold; not the other way ro
     "units": (
         [("m/2", "0.5m"), (r"\frac{m}{2}", "0.5m"), ("g/2", r"\frac12 g"), ("5 yards", "5 yd"), ("5 mg", "5"), (r"5\text{ mg}", r"5\text{ milligrams}"),
          ("2 yr", r"2\text{ years}"), ("5 metres", r"5\text{ m}"), ("5 litres", "5 L"), ("5 centimetres", r"5\text{ cm}"),
+         (r"\$2.50 per pound", "2.50"), (r"2x^\circ", "2x"), (r"(30^\circ, 60^\circ)", "(30,60)"), (r"\{50\%, 20\%\}", "50,20"),
          (r"8\text{ square metres}", r"8\text{ m}^2"), ("5 ml", r"5\text{ millilitres}")],
         [("5 metres", "5 km"), ("2 yr", "2 yd"), ("m/2", "0.5"), (r"18\text{ cents}", r"\$18")]),
 }
