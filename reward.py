@@ -179,8 +179,8 @@ def clean(text: str) -> str:
 UNITS = {unit: names.split()[0] for names in (
     "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "mph", "per",
     "in inch inche", "mi mile", "yd yard", "kg kilogram", "g gram", "mg milligram", "lb pound",
-    "oz", "ml milliliter", "yr year", "s sec second", "min minute", "h hr hour", "l liter", "am", "pm",
-    "rad radian", "^2 square sq", "^3 cubic") for unit in names.split()}
+    "oz", "ml milliliter", "yr year", "s sec second", "min minute", "h hr hour", "l liter", "am",
+    "pm", "rad radian", "^2 square sq", "^3 cubic") for unit in names.split()}
 WORD = r"\\text\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
 UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
                   rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
