@@ -2,17 +2,16 @@ r"""Is a response's final answer the gold answer? A small, safe checker for math
 
     math_reward("... so \\boxed{\\frac{2}{4}}.", "\\frac{2}{4}") == 1.0
 
-1. `extract_answer` finds the answer: the last \boxed{}, else <answer>, else "#### 42", else what
-   follows "the answer is" near the end.
+1. `extract_answer` finds the answer: the last box, <answer> tag, "####" or "the answer is".
 2. `clean` takes off what carries no meaning; answers of the same text are equal.
 3. `Reader` computes while it reads, by recursive descent: rational numbers exactly, others with 800
-   bits, a variable as a few random numbers that depend on its name alone. So x(x+1) and x^2+x come
-   out the same without algebra (Schwartz-Zippel).
+   bits, a variable as a few random numbers that depend on its name. So x(x+1) and x^2+x come out
+   the same without algebra (Schwartz-Zippel).
 4. `equal` compares: numbers point by point, lists in any order, tuples in order.
-5. Where the gold answer is a plain number, work left undone (18+8 for 26) is no answer.
+5. Where the gold answer is a plain number, work left undone (18+8 for 26) is no answer: a model
+   that is paid for it learns to repeat the question.
 
-Nothing that a model wrote is executed, and all work is bounded: characters, tokens, digits,
-exponents, operations.
+Nothing that a model wrote is executed, and all work is bounded.
 """
 
 import functools
@@ -26,12 +25,12 @@ from fractions import Fraction
 
 from mpmath.ctx_mp import MPContext
 
-LONGEST = 600  # characters of an answer; a longer one must be the gold text itself
-TAIL = 100_000  # characters of a response that are looked at
-LAST_LINES = 5  # of a response, for an answer without a box
-TOKENS = 200  # of an answer, so that nesting is bounded too
+LONGEST = 600  # characters of an answer
+TAIL = 100_000  # characters of a response
+LAST_LINES = 5  # of a response without a box
+TOKENS = 200  # of an answer
 BITS = 20_000  # of an exact number
-WORK = 5000  # of one reading, in units of about 1.5 us
+WORK = 5000  # of one reading, some 1.5 us each
 
 # ---- extraction
 
@@ -53,7 +52,7 @@ SENTENCE_END = re.compile(
 
 
 def braced(text: str, start: int) -> str | None:
-    """What the group that opens before start holds; None if it does not close soon."""
+    """What the group open at start holds; None if it does not close soon."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text[start:start + 10 * LONGEST], re.S):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -63,126 +62,128 @@ def braced(text: str, start: int) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """The last well-formed box that is not empty; a box in a box belongs to the outer one."""
+    """The last well-formed box that is not empty; of nested ones the outer."""
     answer, end = None, -1
     for box in list(BOX.finditer(text))[-16:]:
         content = box[1] or braced(text, box.end())
-        if content and box.start() >= end and not NOTHING.fullmatch(content):
+        if content and box.start() >= end and not (
+                NOTHING.fullmatch(content) or text.startswith("}{", box.end() + len(content))):
             answer, end = content.strip(), box.end() + (0 if box[1] else len(content))
     return answer
 
 
 def last_phrase(text: str) -> str | None:
-    """The number behind "####", or what follows "the answer is", in the last few lines."""
+    """What follows "####" or "the answer is", in the last few lines."""
     lines = [line.strip() for line in text[-4 * LONGEST:].splitlines()]
     text = HEADING.sub("Answer: ", "\n".join([line for line in lines if line][-LAST_LINES:]))
     if marked := HASHES.findall(text):
         text = "Answer: " + marked[-1]
     phrases = list(ANSWER_IS.finditer(text))
-    if not phrases or phrases[-1][1]:  # "the answer is not 5"
+    if not phrases or phrases[-1][1]:
         return None
     sentence = SENTENCE_END.split(text[phrases[-1].end():], maxsplit=1)[0]
     return sentence.strip("*_ ").removesuffix(".").strip("*_ ") or None
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer as text, or None if the response gives none. Never raises.
-
-    It is the last well-formed box, else the last <answer> tag, else "#### 42", else "the answer is
-    42" in the last few lines. Only what follows </think> counts, up to the end of the turn.
-    """
+    """The final answer as text, or None. Never raises."""
     text = END_OF_TURN.split(response, maxsplit=1)[0]
     if thoughts := list(THOUGHT.finditer(text)):
         if not thoughts[-1][1]:
-            return None  # it still thinks, so the answer never came
+            return None  # it still thinks
         text = text[thoughts[-1].end():]
     text = text[-TAIL:]
     if box := last_box(text):
         return box
     tags = [""] * 2 + TAG.split(text)
-    if len(tags) > 4:  # what stands before the last tag
+    if len(tags) > 4:
         return last_phrase(tags[-2]) or tags[-2].strip() or None
     return last_phrase(text)
 
 
-# ---- clean text
+# ---- text
 
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma "
          "tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
-NAMED = (r"∞ \infty ≤ \le ≥ \ge ≠ \ne ≈ \approx ± \pm ∓ \mp ∪ \cup ∈ \in ∅ \emptyset ° \degree "
-         r"√ \sqrt ∛ \root{3} ℝ \reals … \dots € \$").split()
-SIGNS = str.maketrans(
-    {sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK)}
-    | {sign: name + " " for sign, name in zip(NAMED[::2], NAMED[1::2])}
+NAMES = GREEK + (
+    "infty le ge ne approx pm mp cup in emptyset degree sqrt root{3} reals dots $").split()
+SIGNS = str.maketrans({sign: f"\\{name} " for sign, name in zip(
+    "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ∞≤≥≠≈±∓∪∈∅°√∛ℝ…€", NAMES)}
     | dict(zip("−–—‒‐‑×·⋅∙∗÷∕⁄′⟨⟩£¥", "------*****///'()  ")))
-WRAPPER = re.compile(r"\\text ?\{([^{}]*)\}")
+WRAPPER = re.compile(r"\\text\{([^{}]*)\}")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-SCALE = re.compile(rf"(?<=\d) ?(\\text ?\{{)? ?({'|'.join(SCALES)})\b")
-CLEAN = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:text(?!color)\w+|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
-    (r"\\math(?:bf|it|sf|cal) ?\{([^{}]*)\}", r"\1"),
+SCALE = re.compile(rf"(?<=\d) ?(\\text\{{)? ?({'|'.join(SCALES)})\b")
+CLEAN = [  # what the text has to contain, pattern, replacement
+    (key[0] if key else re.match(r"(?:\\\\[a-z]*)?", pattern)[0][1:], re.compile(pattern), new)
+    for pattern, new, *key in (
+    (r"\\(?:text(?!col|sty)[a-z]*|math(?:rm|tt)|mbox|operatorname|underline)\*? ?\{", r"\\text{"),
+    (r"\\(?:math(?:bf|it|sf|cal)|overline(?= ?\{[A-Z]+\} ?=)) ?\{([^{}]*)\}", r"\1"),
     (r"(?<=[{(\[]) | (?=[})\]])|\\(?:left|right) ?\.|\\(?:left|right|middle|[bB]igg?[lrm]?|limits|"
-     r"(?:display|text)style|hline|vec|hat|bold|boldsymbol|triangle|angle)(?![a-zA-Z])|\\! ?"
-     r"|\\(?:text)?color ?(?:\{[^{}]*\}|[a-z]+)|\\[hv]?(?:phantom|space) ?\{[^{}]*\}", ""),
-    (r"\\text ?\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
-    (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "), (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
-    (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000 and 1\,000
+     r"[a-z]+style|hline|vec|hat|bold[a-z]*|triangle|angle)(?![a-zA-Z])|\\! ?"
+     r"|\bm ?(?=\\angle)|\\(?:text)?color(?:box)? ?(?:\{[^{}]*\}|[a-z]+)"
+     r"|\\[hv]?(?:phantom|space) ?\{[^{}]*\}", ""),
+    (r"\\text\{(-?[\d.,]*\d[\d.,/]*) ?([a-zA-Z .]*)\}", r"\1 \\text{\2}"),  # \text{5 cm}
+    (r"(?<!\\)(?:\$|\\(?:[;:>()\[\]]|q?quad))", " "),
+    (r"^ *(?:[a-df-hj-z] ?)?\\approx *(?=(?:\\\$)?-?\d*\.\d)", ""),
+    (r"^ *(-?)\\\$(.*)", r"\1\2\\text{dollar}"),
+    (r"(?<=\d)(?: ?\{,\} ?|\\[, ]|~|,\\[, !]| )(?=\d{3}(?!\d))", ","),  # 1{,}000
     (r"(?<!\\)\\[, $]|(?<=\S)~", " "), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"([_^]) ?\{(\w)\}(?!\w)", r"\1\2"), (r"\\sqrt ?\[([^][]*)\]", r"\\root{\1}"),
+    (r"([_^]) ?\{(\w)\}(?!\w)", r"\1\2", "{"), (r"\\sqrt ?\[([^][]*)\]", r"\\root{\1}"),
     (r"\\frac ?(\d)", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
-    (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
-    (r"(?<![\d.^_])(\d+) ?(?=\\frac ?\{\d+\} ?\{\d+\})", r"\1\\mixed"),
-    (r"\\log ?_(\d)", r"\\log_{\1}"), (r"\\mathbb ?\{?R\}?", r"\\reals "),
+    (r"(?<![\d.^_])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}", "/"),  # 3 1/2
+    (r"(?<![\d.^_])(\d+) ?(?=\\frac ?\{\d+\} ?\{\d+\})", r"\1\\mixed", r"\frac"),
+    (r"\\mathbb ?\{?R\}?", r"\\reals "), (r"\\reals *-(?= ?\\\{)", r"\\reals\\setminus"),
     (r"(?<=[\])}]) ?[uU] ?(?=[\[({\\])", r"\\cup "),
-    (r"\^ ?(?:\\circ(?![a-zA-Z])|\{\\circ\})|(?<=\d) ?(?:\\text ?\{)?deg(?:rees?)?\b\}?",
-     r"\\degree "), (r"(?<=\d) ?(?:\\text ?\{)?(?:percent|pct)\b\}?", r"\\%"),
-    (r"\\degree *(?:\\text ?\{)?([CF])\b\}?", r"\\text{\1}"),
+    (r"\^ ?(?:\\circ(?![a-zA-Z])|\{\\circ\})", r"\\degree "),
+    (r"(?<=\d) ?(?:\\text\{)?deg(?:rees?)?\b\}?", r"\\degree ", "deg"),
+    (r"(?<=\d) ?(?:\\text\{)?(?:percent|pct)\b\}?", r"\\%", "p"),
+    (r"\\degree *(?:\\text\{)?([CF])\b\}?", r"\\text{\1}"),
     (r"\\(begin|end) ?(?:\{array\}(?: ?\{[^{}]*\})?|\{?(?:[pbB]|small)?matrix\}?)", r"\\\1 "),
     (r"\.\.\.|\\[lc]?dots(?![a-zA-Z])", r"\\dots "),
     (r"\\[pb]?mod ?(?:\{(\w+)\}|(\w))", r"\\mod \1\2"),
-    (r"\\text ?\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*|[eij])\}", r" \1 "),
-    (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
-    (r"^(?:\\text ?\{)?[aA]ll reals?(?: numbers)?\}?$", r"\\reals"),
+    (r"\\text\{([^{}]*(?:\band\b|\bor\b|,)[^{}]*|[^{}a-zA-Z]*|[eij])\}", r" \1 "),
+    (r'^[ "`]+|[ "`]+$|(?<![.,;:])[.,;:]$', ""), (r"(?<=\d) ?x ?(?=10 ?\^)", "*", "x"),
+    (r"^(?:\\text\{)?[aA]ll reals?(?: numbers)?\}?$", r"\\reals"),
     (r"^\\\{[a-z](?: ?\\in ?\\reals)? ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x>3}
-    (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),  # |x| < 3
-    (r"^\w ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"), (r"^\w ?\\equiv(?=.*\\mod)", ""),
-    (r"(?:,? ?(?:\\text ?\{)?[, ]{0,3}\b(?:where|with|for (?:any|all|every|each|some|an))\b"
-     r"|, ?(?=[a-zA-Z] ?\\in\b))(?=.*(?<![a-zA-Z\\])[b-zA-Z](?![a-zA-Z]))[^=<>\d]*$", ""),
-    (r"^(?:[a-df-hj-z] ?)?\\approx ?(?=-?\d*\.\d)|(?<=\S) ?\\approx ?-?\d*\.\d+$", ""),
+    (r"^\|(\w)\| ?(<|\\leq?\w*) ?(.*)", r"-(\3)\2 \1\2 \3"),
+    (r"^(?:\w ?\\in ?\\reals[, ]*)?[a-z] ?\\neq? ?(.*)", r"\\reals\\setminus\\{\1\\}"),
+    (r"^\w ?\\equiv(?=.*\\mod)", ""),
+    (r",? ?(?:\\text\{)?(?:[, ]{0,3}\b(?:where|with|for (?:a[ln]\w?|every|each|some|int\w+|"
+     r"const\w+))\b|[, ]{0,3}[,(] *(?=[a-zA-Z] ?(?:\\in\b|an int)))(?=.*(?<![a-zA-Z\\])"
+     r"(?:[b-zA-Z]|a(?! ?[a-zA-Z]))(?![a-zA-Z]))[^=<>\d]*$", "", " "),
+    (r"^((?:[^=a-zA-Z]|\\(?:frac|sqrt|pi))+?) ?= ?([a-df-hj-zA-Z])$", r"\2=\1", "="),
     (r" +", " "))]
 
 
 def to_ascii(text: str) -> str:
-    """Unicode as ASCII or LaTeX; invisible characters dropped."""
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
     text = re.sub("(?<=\\d)(?=[¼½¾⅐-⅞])", " ", text.translate(SIGNS))
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn")
+                   or unicodedata.combining(c) == 1)  # a digit that is struck out is none
 
 
 @functools.lru_cache(maxsize=1024)
 def clean(text: str) -> str:
-    """The answer without what carries no meaning: dollar signs, spacing, \\left, full stop."""
     text = " ".join((text if text.isascii() else to_ascii(text)).split())
     while box := re.fullmatch(r"[$ ]*\\f?box(?:ed)? ?\{(.*)\}[$ ]*", text):
         text = box[1].strip()
-    for pattern, new in CLEAN:
-        if "\\" in text or pattern.pattern[:2] != r"\\":
+    for start, pattern, new in CLEAN:
+        if start in text:
             text = pattern.sub(new, text)
     text = SCALE.sub(lambda scale: f"e{SCALES[scale[2]]} {scale[1] or ''}", text)
     return text.replace(r"\text{}", "").strip()
 
 
 UNITS = {unit: names.split()[0] for names in (
-    "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "ml", "mph",
-    "in inch inche", "mi mile", "kg kilogram", "g gram", "lb pound", "oz",
-    "s sec second", "min minute", "h hr hour", "l liter", "rad radian", "am", "pm",
-    "^2 square sq", "^3 cubic") for unit in names.split()}
-WORD = r"\\text ?\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
-UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text ?\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
+    "cm centimeter", "mm millimeter", "km kilometer", "m meter", "ft foot feet", "mph", "per",
+    "in inch inche", "mi mile", "yd yard", "kg kilogram", "g gram", "mg milligram", "lb pound",
+    "oz", "ml milliliter", "yr year", "s sec second", "min minute", "h hr hour", "l liter", "am",
+    "pm", "rad radian", "^2 square sq", "^3 cubic") for unit in names.split()}
+WORD = r"\\text\{[^{}]*\}|(?<![a-zA-Z\\])[a-zA-Z]+(?![a-zA-Z])\.?"
+UNIT = re.compile(rf"(?<=[\d}})\]!%|a-z]) ?(\\text\{{[^{{}}]*\}}|(?<![a-z] )(?:{WORD}))"
                   rf"(?:{WORD}|/|\^ ?\{{?-?\d\}}?|\\cdot|\*| )*$")
-# words about the number before them, which are no unit
 HEDGES = set(
     "is not no if for some maybe perhaps possibly probably about approximately approx almost "
     "around roughly nearly at least most more less than when where unless wrong incorrect false "
@@ -197,11 +198,12 @@ def split_unit(text: str) -> tuple[str, set]:
     if not re.search(r"[\d\\]", number):
         return text, set()
     names = re.findall(r"[a-z]+|\^\d", re.sub(r"\\text|[{}]| (?=\^)", "", found[0].casefold()))
-    if HEDGES.intersection(names) or re.search(r"\\text ?\{[^{}]*[(?\d]", found[0]):
+    if HEDGES.intersection(names) or re.search(
+            r"\\text\{(?:[^{}]*[(?\d]|(?:st|nd|rd|th)\b)", found[0]):
         raise Unreadable
-    names = [name.removesuffix("s") or name for name in names]
+    names = [re.sub("tre$", "ter", name.removesuffix("s") or name) for name in names]
     first = found[1].rstrip(".")
-    if len(first) == 1:  # in 15+55m a variable
+    if len(first) == 1:
         known = first in "mgslhLNJWVKCF" and PLAIN.fullmatch(number)
     else:
         known = not first.isalpha() or names[0] in UNITS or (
@@ -210,24 +212,24 @@ def split_unit(text: str) -> tuple[str, set]:
 
 
 # ---- values
-# A number is a Fraction, or a list: mpmath's numbers at one point (a constant) or at all points (it
-# has variables), None where it has no real value. All else is a tuple of a tag and values: "list",
-# "set", "()", "[)" and so on for points and intervals, "matrix" and its "row"s, ":" for a ratio;
-# ("text", words); ("=", name, right side, left side).
+# A number is a Fraction, or a list: mpmath's numbers at one point (a constant) or at all points,
+# None where it has no real value. All else is a tuple of a tag and values: "list", "set", "()",
+# "[)" and so on for points and intervals, "<>" for 1 < x < 2, "vector", "matrix" and its "row"s,
+# ":" for a ratio; ("text", words); ("=", name, right side, left side).
 
 Unreadable = ValueError
 mp = MPContext()
 mp.prec = 800
 CLOSE, NOISE, APART = mp.mpf(2) ** -450, 600, 250
 POINTS = ((0.95, 0.99), (10, 40), (-0.9, -0.1), (-40, -10))
-LOCK = threading.Lock()  # for mpmath's caches and for `spent`
-spent = 0  # work of the reading in progress
+LOCK = threading.Lock()  # for mpmath and `spent`
+spent = 0  # of WORK
 
 
 @functools.lru_cache(maxsize=1024)
 def variable(name: str) -> list:
     rng, code = random.Random(name), sum(map(ord, name))
-    mixed = [rng.uniform(1.1, 3) * (-1) ** (code >> bit) for bit in range(4)]  # x and y differ
+    mixed = [rng.uniform(1.1, 3) * (-1) ** (code >> bit) for bit in range(4)]
     return [mp.mpf(x) for x in [rng.uniform(*ends) for ends in POINTS] + mixed]
 
 
@@ -247,7 +249,6 @@ def spend(work):
 
 
 def apply(function, cost, *numbers):
-    """The function's value at every point where its arguments have one."""
     if any(map(tag, numbers)):
         raise Unreadable
     columns = [[mp.mpf(bounded(n, 400).numerator) / n.denominator] if is_exact(n) else n
@@ -265,10 +266,10 @@ def bounded(number, bits=BITS):
 
 
 def total(x, y):
-    result, sizes = x + y, sorted((mp.mag(x), mp.mag(y)))
-    if x and y and sizes[1] - sizes[0] > APART:
-        return None  # it would be lost
-    return mp.zero if mp.mag(result) < sizes[1] - NOISE else result
+    result, (low, high) = x + y, sorted((mp.mag(x), mp.mag(y)))
+    if x and y and high - low > APART:
+        return None
+    return mp.zero if mp.mag(result) < high - NOISE else result
 
 
 def add(a, b):
@@ -276,7 +277,7 @@ def add(a, b):
 
 
 def multiply(a, b):
-    if tag(b) in ("matrix", "row", "()"):
+    if tag(b) in ("matrix", "row", "()", "vector"):
         return (b[0], *(multiply(a, x) for x in b[1:]))
     return bounded(a * b) if is_exact(a, b) else apply(lambda x, y: x * y, 1, a, b)
 
@@ -286,13 +287,13 @@ def negative(a):
 
 
 def positive(a):
-    """Of what has variables, roots and logarithms are taken where they are real."""
+    """Roots and logarithms of variables are taken where they are real."""
     many = isinstance(a, list) and len(a) > 1
     return [x if x is None or x.imag or x.real >= 0 else None for x in a] if many else a
 
 
 def power(a, b):
-    if is_exact(b) and b.denominator == 1:
+    if is_exact(b) and b % 1 == 0:
         n = int(b)
         if is_exact(a) and abs(n) * (a.numerator * a.denominator).bit_length() <= BITS:
             return a ** n
@@ -311,15 +312,15 @@ def divide(a, b):
 
 
 def root(n, a):
-    """The real one where there is one: the cube root of -8 is -2."""
-    if is_exact(n) and n.denominator == 1 and n % 2:
+    """The cube root of -8 is -2."""
+    if is_exact(n) and n % 2 == 1:
         odd = mp.one / int(n)
         return apply(lambda x: mp.sign(x) * abs(x) ** odd, 25, a)
     return power(a, divide(Fraction(1), n))
 
 
 def factorial(n):
-    if is_exact(n) and n.denominator == 1 and 0 <= n <= 2500:
+    if is_exact(n) and n % 1 == 0 and 0 <= n <= 2500:
         return bounded(Fraction(math.factorial(int(n))))
     return apply(lambda x: mp.gamma(x + 1) if abs(x) < 50 else None, 90, n)
 
@@ -340,7 +341,7 @@ REPEATING = (r"(\d*)\.(\d{0,20}?)(?:(?:\\(?:overline|bar|dot) ?\{?|\()(\d+)[})]?
              r"|(?P<again>\d{1,20}?)(?P=again)+ ?\\dots)")
 NUMERAL = r"\d+(?:\.\d+|\.(?![.\d]))?(?:[eE][+-]?\d+(?![\d.]))?|\.\d+"
 TOKEN = re.compile(rf" ?({REPEATING}|\d[0-9A-F]*_(?:\d+|\{{\d+\}})|{NUMERAL}"
-                   r"|\\text ?\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+(?:_(?:\{[^{}]*\}|\w))?'*"
+                   r"|\\text\{[^{}]*\}|(?:and|or)(?![a-z])|\\?[^\W\d_]+(?:_(?:\{[^{}]*\}|\w))?'*"
                    r"|\*\*|[<>!=]=|\\?[^ ])")
 ALIASES = {alias: token for row in r"""
 * \cdot \times
@@ -368,7 +369,7 @@ OPENING = {"(", "[", "{", r"\{"}
 RELATIONS = {"=", "<", ">", "<=", ">=", "∈"}
 
 LETTER = rf"(?:[a-zA-Z]|{'|'.join(sorted(LETTERS, key=len, reverse=True))})(?:_\{{?\w+\}}?)?'*"
-NAME = re.compile(  # of an answer, as in AB = 5 or f(x) = x^2; not xy, or xy = 5 would be 5
+NAME = re.compile(  # AB = 5 or f(x) = x^2; not xy, or xy = 5 would be 5
     rf"\\text.*|{LETTER}|[A-Z]{{2,4}}|\|[A-Z]{{2}}\||[A-Z]{{2}}/[A-Z]{{2}}|[a-zA-Z]{{4,}}"
     rf"|[fghpqA-Z](?:\^\{{-1\}})?'*\([\w,]+\)|\({LETTER}(?:,{LETTER})+\)")
 
@@ -399,14 +400,11 @@ def items_of(value):
 
 
 def sequence(opening, items, closing):
-    """A point or an interval, whose infinite ends are open."""
-    if len(items) > 2:
-        return ("()", *items)
     return (("(" if items[0] == NINF else opening) + (")" if items[1] == INF else closing), *items)
 
 
 def without(space, points):
-    r"""\mathbb{R}\setminus\{2\} as the union of what lies between the points."""
+    r"""\mathbb{R}\setminus\{2\} as what lies between the points."""
     if space != REALS or tag(points) != "set":
         raise Unreadable
     ends = [NINF, *sorted(points[1:], key=lambda end: add(end, [mp.zero])[0]), INF]
@@ -417,13 +415,13 @@ AFTER = {"!": factorial, "%": lambda a: multiply(a, Fraction(1, 100)),
          "°": lambda a: multiply(a, [mp.pi / 180])}
 BETWEEN = {
     "+": (1, add), "-": (1, lambda a, b: add(a, negative(b))), r"\setminus": (1, without),
-    r"\cup": (1, lambda a, b: ("set", *items_of(a), *items_of(b))), "*": (2, multiply),
-    "/": (2, divide), ":": (2, lambda a, b: (":", divide(a, b))), "^": (3, power),
-    r"\mixed": (4, add)}  # 2\frac12
+    r"\cup": (1, lambda a, b: tag(a) and tag(b) and ("set", *items_of(a), *items_of(b))),
+    "*": (2, multiply), "/": (2, divide), ":": (2, lambda a, b: (":", divide(a, b))),
+    "^": (3, power), r"\mixed": (4, add)}
 
 
 class Reader:
-    """Recursive descent over one answer, from lists down to letters; `value` is its value."""
+    """Recursive descent over one answer, from lists down to letters."""
 
     def __init__(self, text: str):
         self.tokens, self.i, self.bars = split_tokens(text), 0, 0
@@ -470,7 +468,7 @@ class Reader:
         if self.accept("-"):
             value = negative(self.expression(max(least, 2)))
         else:
-            self.accept("+")
+            self.i += least == 1 and self.peek == "+"
             value = self.atom()
         while True:
             if self.peek in AFTER and least < 4:
@@ -491,7 +489,7 @@ class Reader:
         if re.match(r"\.?\d", token):
             return self.number(token)
         if token[:5] == r"\text":
-            word = WRAPPER.sub(r"\1", token).strip()
+            word = token[6:-1].strip()
             return self.word(word) if len(word) == 1 else NUMBER_WORDS.get(word, words(word))
         if token[:1].isalpha():
             return self.word(token)
@@ -509,7 +507,7 @@ class Reader:
         raise Unreadable
 
     def number(self, token):
-        if "_" in token:  # a conversion to another base is not solved by not converting
+        if "_" in token or token[:2] == "00":  # not yet converted
             return ("text", re.sub("[{}]", "", token))
         if found := re.fullmatch(REPEATING, token):  # 0.1\overline{6}, 0.1(6), 0.1666...
             whole, fixed, block, again = found.groups()
@@ -520,7 +518,6 @@ class Reader:
         return Fraction(token)
 
     def word(self, word):
-        """A constant, a function or a variable; a long word is text."""
         low = word.lower()
         if word in CONSTANTS or low in NUMBER_WORDS:
             return CONSTANTS[low]
@@ -546,7 +543,8 @@ class Reader:
         if exponent == -1 and "arc" + name in FUNCTIONS:
             name, exponent = "arc" + name, None
         x = positive(x) if name in ("ln", "log") else x
-        value = apply(lambda y: FUNCTIONS[name](y) if abs(y) < 10**4 else None, 25, x)
+        value = apply(lambda y: FUNCTIONS[name](y) if abs(y) < 10**4 and (
+            y or name[0] != "l") else None, 25, x)
         if base:
             value = divide(value, apply(mp.log, 10, Reader(base).value))
         return value if exponent is None else power(value, exponent)
@@ -560,7 +558,7 @@ class Reader:
             return value
         if ends == r"\{\}":
             return ("set", *items)
-        if ends not in ("()", "[]") and (ends not in ("(]", "[)") or len(items) == 1):
+        if ends not in ("()", "[]", "(]", "[)")[:2 * len(items)]:
             raise Unreadable
         if len(items) == 1:
             return items[0]
@@ -574,8 +572,8 @@ class Reader:
             elif not self.accept("&"):
                 rows[-1].append(self.relation())
         rows = [row for row in rows if row]
-        if len(rows[0]) == 1:  # a vector is a point
-            return ("()", *(row[0] for row in rows))
+        if len(rows[0]) == 1:  # a vector 
+            return ("vector", *(row[0] for row in rows))
         return ("matrix", *(("row", *row) for row in rows))
 
 
@@ -591,7 +589,6 @@ def chain(sides, sources):
 
 
 def inequality(sides, sources, signs):
-    """x > 3 and 1 < x <= 2 are intervals."""
     if signs[0][0] == ">":
         sides, sources = sides[::-1], sources[::-1]
         signs = [sign.replace(">", "<") for sign in signs[::-1]]
@@ -602,7 +599,8 @@ def inequality(sides, sources, signs):
     low, left = (sides[at - 1], signs[at - 1]) if at else (NINF, "<")
     high, right = (sides[at + 1], signs[at]) if at + 1 < len(sides) else (INF, "<")
     ends = {"<": "()", "<=": "[]"}
-    return sequence(ends[left][0], (low, high), ends[right][1])
+    interval = sequence(ends[left][0], (low, high), ends[right][1])
+    return ("<>" if interval[0] == "()" else interval[0], low, high)
 
 
 # ---- equality
@@ -614,6 +612,13 @@ def close(x, y):
 
 def unnamed(value):
     return value[2] if tag(value) == "=" and value[1] else value
+
+
+def distinct(value):
+    """The items of a list; those of a set once."""
+    items = items_of(value)
+    return [x for i, x in enumerate(items)
+            if tag(value) != "set" or not any(equal(x, y) for y in items[:i])]
 
 
 def match(xs, ys):
@@ -635,7 +640,6 @@ def match(xs, ys):
 
 
 def equal(a, b):
-    """Whether two values are the same."""
     spend(1)
     if (tag(a), tag(b)).count("=") == 1:
         a, b = unnamed(a), unnamed(b)
@@ -648,39 +652,39 @@ def equal(a, b):
     if sorted(tags) == ["()", "list"]:  # x = 1, y = 2 is the point (1, 2)
         names = {x[1] for x in max(a, b, key=tag)[1:] if tag(x) == "="}
         return len(names) == len(a) - 1 and match(a[1:], b[1:])
-    if "set" in tags:
-        xs, ys = items_of(a), items_of(b)
-        return all(any(equal(x, y) for y in ys) for x in xs) and all(
-            any(equal(x, y) for x in xs) for y in ys)
-    if "list" in tags:
-        return match(items_of(a), items_of(b))
+    if "set" in tags or "list" in tags:
+        return match(distinct(a), distinct(b))
     if tags == ("=", "="):
         if a[1] and a[1] == b[1] and equal(a[2], b[2]):
             return True
         zeros = [add(left, negative(right)) for _, _, right, left in (a, b)]
         ratios = [ratio for ratio in divide(*zeros) if ratio is not None]
-        return len(ratios) > 1 and all(close(ratio, ratios[0]) for ratio in ratios)
+        return len(ratios) > 1 and all(ratio and close(ratio, ratios[0]) for ratio in ratios)
     if tags[0] == "text":
         return a == b
-    return tags[0] == tags[1] and len(a) == len(b) and all(map(equal, a[1:], b[1:]))
+    alike = tags[0] == tags[1] or {*tags} in (
+        {"()", "<>"}, {"()", "vector"}, {"[]" if len(a) > 3 else "()", "vector"})
+    return alike and len(a) == len(b) and all(map(equal, a[1:], b[1:]))
 
 
+SCALED = re.compile(r"(?<=[\w)}]) ?(?:\\?%|\\degree) ?(?=$|[,)\]]|\\\})")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 FRACTION = r"\\frac ?\{-?(\d+)\} ?\{-?(\d+)\}|(\d+) ?/ ?-?(\d+)"
 PLAIN = re.compile(rf"[({{]*[-+]?(?:\d+\.?\d*|\.\d+|{FRACTION})[)}}]*")
+SIMPLE = re.compile(r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$")
+QUICK = re.compile(r"-?\d+(?:[./]\d+)?")
 FINISHED = re.compile(  # a number that is worked out
     rf"(?:[({{\[]|\\\{{)*[-+]? ?[({{\[]{{0,9}}(?:(?:\d+\\mixed)?(?:{FRACTION})"
     rf"|(?:(?:{NUMERAL}) ?(?:\\times|\\cdot|\*) ?)?\(?10 ?(?:\^|\*\*) ?\{{?[-+]?\d+\}}?"
-    rf"|{REPEATING}|{NUMERAL}|(?:\\text ?\{{)?[a-z ]+)(?:[)}}\]% ]|\\\}}|\\%|\\degree)*", re.I)
+    rf"|{REPEATING}|{NUMERAL}|(?:\\text\{{)?[a-z ]+)(?:[)}}\]% ]|\\\}}|\\%|\\degree)*", re.I)
 CHOICE = re.compile(r"\(?([A-Ja-e])(?:[).:](?: +([^()]*))?)?")
 WORDS = re.compile(r"(?!.*\b(?:and|or)\b)(?:[aA] )?[^\W\d_]{2,}(?: [^\W\d_]+|(?<=\w{3})-\w{3,})*")
-PRODUCT = re.compile(  # letters, and no word
+PRODUCT = re.compile(
     r"(?i)[abcdwxyz]+|[^\Waeiou\d_]{2,3}|a[^\Waeiou\d_]|[^\Waeiou\d_]a")
 
 
 @functools.lru_cache(maxsize=256)
 def read(text: str):
-    """Its value, None if it cannot be read."""
     global spent
     spent = 0
     known = text.lower() in COMMANDS or text in ALIASES or PRODUCT.fullmatch(text)
@@ -696,23 +700,37 @@ def read(text: str):
         return None
 
 
+def exact(text: str) -> str:
+    r"""2\sqrt2 of 2\sqrt2 \approx 2.83. Raises unless the decimal is its rounding."""
+    left, *right = text.split(r"\approx")
+    for side in right:
+        decimal = split_unit(side.strip())[0]
+        gap = add(unnamed(read(split_unit(left.strip())[0])), -Fraction(decimal))
+        if apply(abs, 1, gap)[0] > 0.5 * 10 ** -len(decimal.split(".")[1]):
+            raise Unreadable
+    return left.strip()
+
+
 def is_finished(text: str) -> bool:
-    """Of a number: 7.0, 1/2, 2\\frac12, 1.5\\times10^3, or 26 behind 18+8 =."""
+    """7.0, 1/2, 2\\frac12, 1.5\\times10^3, or 26 behind 18+8 =."""
     found = FINISHED.fullmatch(text.rpartition("=")[2].strip())
     parts = [int(part) for part in found.groups()[:4] if part] if found else []
     return bool(found) and (not parts or parts[1] > 1 and math.gcd(*parts) == 1)
 
 
 def values_agree(given: str, gold: str) -> bool:
-    """With commas between thousands or items; with and without %, where one side has it."""
+    """With commas between thousands or items; without % where one side has none."""
     global spent
     joined = tuple(THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
                    for text in (given, gold))
     for texts in {joined: 0, (given, gold): 0}:
         (x, unit), (y, gold_unit) = map(split_unit, texts)
+        for letter in unit ^ gold_unit:  # m/2 is 0.5m
+            if re.search(f"[^a-z]{letter}[^a-z]", f" {y if unit else x} "):
+                x, y = texts
         if unit and gold_unit and unit != gold_unit or PLAIN.fullmatch(y) and not is_finished(x):
             continue
-        bare = [re.sub(r"\\?%|\\degree", "", text) for text in (x, y)]
+        bare = [SCALED.sub("", text) for text in (x, y)]
         for pair in [(x, y)] + [bare] * ((bare[0] == x) != (bare[1] == y)):
             values = list(map(read, pair))
             spent = 0
@@ -722,34 +740,29 @@ def values_agree(given: str, gold: str) -> bool:
 
 
 def same(given: str, gold: str) -> bool:
-    """Of two cleaned answers."""
-    texts = [re.sub(r"(?<![\d,;]) | (?!\d)|\.$", "", WRAPPER.sub(r"\1", text).strip())
-             for text in (given, gold)]
-    if texts[0] == texts[1]:
-        return texts[0] != ""
-    choices = [CHOICE.fullmatch(WRAPPER.sub(r"\1", text).strip()) for text in (given, gold)]
+    texts = [WRAPPER.sub(r"\1", text).strip() for text in (given, gold)]
+    bare = [re.sub(r"(?<![\d,;]) | (?!\d)|\.$", "", text) for text in texts]
+    if bare[0] == bare[1]:
+        return bare[0] != ""
+    choices = list(map(CHOICE.fullmatch, texts))
     if all(choices):
         (letter, content), (gold_letter, gold_content) = (choice.groups() for choice in choices)
         return letter.upper() == gold_letter.upper() and not (content and gold_content)
-    given, gold = (choice[2] if choice and choice[2] else text  # (B) 12 is 12
-                   for choice, text in zip(choices, (given, gold)))
-    return values_agree(given, gold)
+    return values_agree(*(exact(choice[2] if choice and choice[2] else text)  # (B) 12 is 12
+                          for choice, text in zip(choices, (given, gold))))
 
 
 def is_equal(given: str, gold: str) -> bool:
-    """Whether two answers are mathematically the same. Never raises.
-
-    What cannot be read equals only the same text. Where gold is a plain number, given has to be one
-    that is worked out: a model that is paid for "25 * 5" learns to repeat the question.
-    """
+    """Whether two answers are the same, as mathematics or as text. Never raises."""
     given, gold = given.strip(), gold.strip()
     if given == gold:
         return not NOTHING.fullmatch(gold)
-    if len(given) > LONGEST or len(gold) > LONGEST:
+    if max(len(given), len(gold)) > LONGEST or given[:2] == "${" and given.count("$") == 1:
         return False
-    if given.isdecimal() and gold.isdecimal():
-        return int(given) == int(gold)
     try:
+        x, y = (SIMPLE.sub(r"\1\2/\3", text) for text in (given, gold))
+        if QUICK.fullmatch(x) and QUICK.fullmatch(y):
+            return x == y or Fraction(x) == Fraction(y) and ("/" not in x or str(Fraction(x)) == x)
         with LOCK:
             return same(clean(given), clean(gold))
     except Exception:
@@ -757,10 +770,7 @@ def is_equal(given: str, gold: str) -> bool:
 
 
 def is_readable(answer: str) -> bool:
-    """Whether an answer can be read: as mathematics, a choice or a few words. Never raises.
-
-    A trainer may warn where most gold answers cannot.
-    """
+    """Whether an answer can be read, as mathematics or a few words. Never raises."""
     try:
         with LOCK:
             text = clean(answer[:LONGEST + 1])

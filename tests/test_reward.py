@@ -266,7 +266,7 @@ ANSWERS_TO = {  # gold -> right answers, wrong answers; not the other way round
     r"\sqrt[4]{x^4}": (["|x|"], []),
     "15+55m": ([], ["70"]),
     r"5 \text{ meters}": (["5 m"], []),
-    "5": (["5 kg/m^3", "$x=5$", "5=5", "5e0", "5L", "[5]", "500%", "5%", "five", "Five", "5°", "5:", r"5\quad", r"\quad 5", r"5\,", r"\ 5",
+    "5": (["5 kg/m^3", "5=x", "5 = x", "$x=5$", "5=5", "5e0", "5L", "[5]", "500%", "5%", "five", "Five", "5°", "5:", r"5\quad", r"\quad 5", r"5\,", r"\ 5",
         "５", "5,", "5;", "(((((5)))))", "{{{{{{{{{{{{{{{{{{{{{{{{{{{{{{5}}}}}}}}}}}}}}}}}}}}}}}}}}}}}}", "x==5", "x=5=5"],
         ["(2+i)(2-i)", "≤5", "x:5", "n+1=5", "5 or 6", "5, 6", r"5\text{ or }6", "5?", "maybe 5", "5 (or 6)", "5 maybe", "not 5",
         "5, not 6", "5;6", "5/6", "56", "5 6", "5.0.0", "~5", "5~6", "4 to 6", "<5", "x<5", r"x \in \{5,6\}", "all", "5=6", "nan",
@@ -275,7 +275,7 @@ ANSWERS_TO = {  # gold -> right answers, wrong answers; not the other way round
         "5 million", "5 dozen", "V", "fifth", "5th", "5 times", "5 more", "at most 5", "5+", ">=5", "5!", "5'", "5''", ":5", "5\\\\",
         r"5 \\ 6", "5&6", "5|6", r"5 \text{and} 6", r"\text{5 is the answer}", r"5 \text{ since } x>0", "5 (correct)", "the answer is 5",
         r"5\ne6", r"\neg 5", r"\overline{5}", "__import__('os').system('ls')", "5; import os", "5 # comment", r"5\end{document}",
-        r"\input{5}", r"5\newline", "5 \\", "⁵", "inf", "null", "[]", "()", "{}", "x:=5", "5=x", "x=5,x=5", "x=5 or 5", "5 or five",
+        r"\input{5}", r"5\newline", "5 \\", "⁵", "inf", "null", "[]", "()", "{}", "x:=5", "x=5,x=5", "x=5 or 5", "5 or five",
         "5 i.e. five", "5 (five)", "five (5)", "5 [units]", "5 (units)", r"\text{approximately }5", r"5\text{ or more}", r"5\text{, 6}",
         r"5\text{ and }6", r"5\text{ but not }6", r"5^{\text{th}}", "S", "}{5", "2m+3", r"5n \text{ for some integer } n"]),
     "5 kg/m^3": (["5"], []),
@@ -863,9 +863,53 @@ RESPONSES = [  # response, gold, whether it is right
     (r"\boxed{3} or in words \boxed{\text{three}}", "3", 1), (r"\boxed{5} \boxed{ }", "5", 1), (r"\boxed{5} \boxed{\quad}", "5", 1),
     (r"\boxed -3", "-3", 1), (r"\boxed 0.5", "0.5", 1), (r"\boxed{\text{}} and \boxed{9}", "9", 1),
     ("<think>\n\\boxed{42}\n", "42", 0), (r"<think>a</think>b<think>\boxed{42}", "42", 0),
-    (r"<think>\boxed{41}</think>\boxed{42}", "42", 1), ("<think>...</think>\nThe answer is 42.", "42", 1),
+    (r"\boxed{5}{}", "5", 0), (r"\boxed{4}, \boxed{5}{", "5", 0), (r"<think>\boxed{41}</think>\boxed{42}", "42", 1), ("<think>...</think>\nThe answer is 42.", "42", 1),
     ("<think>the answer is 42</think>\nI do not know.", "42", 0), (r"<THINK>\boxed{42}", "42", 0),
     ("<think><answer>42</answer>", "42", 0), (r"</think>\boxed{42}", "42", 1)]
+KINDS = {  # kind -> (right, wrong) pairs, response | gold; not the other way round
+    "approximations": (
+        [(r"\sqrt5 \approx 2.24", r"\sqrt5"), (r"2\sqrt2 \approx 2.83\text{ cm}", r"2\sqrt2"), (r"\approx \$3.14", "3.14"),
+         (r"7\sqrt{3}\text{ cm} \approx 12.12\text{ cm}", r"7\sqrt3"), (r"x = 7\sqrt{3} \approx 12.1", r"7\sqrt3"), ("y≈ 0.33", "0.33")],
+        [(r"\sqrt5 \approx 3.5", r"\sqrt5"), (r"\sqrt3 \approx 1.74", r"\sqrt3"), (r"\sqrt{3} \approx 17.32", r"\sqrt3"),
+         (r"\sqrt{3} \approx -1.73", r"\sqrt3"), (r"\frac{2}{3} \approx 0.66", r"\frac23"), (r"\pi \approx 3.2", r"\pi"),
+         (r"7.4 \approx 7", "7"), (r"8 \approx 7", "7"), (r"\pi \approx 3", "3"), (r"\sqrt{50} \approx 7.07", "7.07")]),
+    "infinities": (
+        [],
+        [(r"\ln 0", r"-\infty"), (r"\log 0", r"-\infty"), (r"-\ln 0", r"\infty"), (r"\frac{1}{0}", r"\infty"), (r"\cot 0", r"\infty"),
+         (r"\csc 0", r"\infty"), ("(-1)!", r"\infty"), ("0^{-1}", r"\infty"), (r"e^{\infty}", r"\infty"), (r"\infty+1", r"\infty")]),
+    "repeats": (
+        [(r"\{1,1,2\}", r"\{1,2\}"), (r"\{2,1\}", "1,2"), ("3,3,5", "3,5,3")],
+        [("1,2,2", r"\{1,1,2\}"), (r"\{1,1,2\}", "1,2,2"), ("1,1", r"\{1\}"), ("2,2,3", "2,3,3"), ("2,3", "2,2,3"), ("1,1,2", r"\{1,2\}")]),
+    "brackets": (
+        [("[1,2,3]", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"), (r"\langle 3,-4\rangle", r"\begin{pmatrix}3\\-4\end{pmatrix}"),
+         (r"-\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}-1\\-2\end{pmatrix}"), ("2<x<5", "(2,5)"), ("(2,5)", "2<y<5")],
+        [("(1,2,3)", "[1,2,3]"), ("[2,3,5]", "(2,3,5)"), (r"\langle 2,3\rangle", "[2,3]"), (r"\begin{pmatrix}-3\\5\end{pmatrix}", "-3 < x < 5"),
+         ("2<x<3", r"\begin{pmatrix}2\\3\end{pmatrix}"), (r"\begin{pmatrix}2\\3\end{pmatrix}", "[2,3]"),
+         (r"\begin{pmatrix}2\\3\end{pmatrix}", "x=2, y=3"), (r"\begin{pmatrix}2\\3\end{pmatrix}", "2,3")]),
+    "struck out and spoilt": (
+        [],
+        [("5}{", "5"), ("${5}", "5"), (r"\cancel{5}", "5"), (r"\not 5", "5"), (r"\sout{5}", "5"), ("5\u0338", "5"), ("5\u0336", "5"), ("5\u20e5", "5"),
+         (r"\text{5th}", "5"), (r"5\text{nd}", "5"), (r"\href{8}{7}", "7"), (r"\iffalse 8 \fi 7", "7"), (r"7 \lor 8", "7"), ("#{7}", "7"),
+         ("x-y%=1", "x-y=1"), (r"1+\sq\degree rt2", r"1+\sqrt2"), ("[1,%2]", "[1,2]"), (r"2\pi/+3", r"2\pi/3"), ("|5|++1", "|5|+1"),
+         ("3+4=x", "7"), ("3+4 = ?", "7"), ("x+1 = x", "x+1"), (r"\text7{Tuesday}", r"\text{Tuesday}"), (r"5 \ne 2", r"x \ne 2")]),
+    "the reals without": (
+        [(r"\mathbb{R} - \{2\}", r"(-\infty,2)\cup(2,\infty)"), (r"x \in \mathbb{R}, x \ne 2", r"(-\infty,2)\cup(2,\infty)"),
+         (r"\mathbb R \setminus \{0,1\}", r"(-\infty,0)\cup(0,1)\cup(1,\infty)"), (r"x\in\mathbb{R}, x\neq 4", r"x\ne 4")],
+        [(r"x \in \mathbb{R}, x \neq 3", r"(-\infty,2)\cup(2,\infty)"), (r"\mathbb{R} - \{3\}", r"(-\infty,2)\cup(2,\infty)")]),
+    "names and notes": (
+        [(r"\colorbox{red}{6}", "6"), ("5 = x", "5"), ("3x-5=y", "y=3x-5"), (r"\frac12 = k", "0.5"), (r"\overline{AB}=12", "12"),
+         (r"m\angle A=40^\circ", "40"), (r"m\angle ABC = 120^\circ", "120"), (r"ax+b \text{ for some constants } a, b", "ax+b"),
+         (r"ax^2 \text{ for some constant } a", "ax^2"), (r"2k\pi, \quad k \in \mathbb{Z}", r"2k\pi"), (r"2k\pi \text{ for integer } k", r"2k\pi"),
+         (r"2k\pi \text{ (k an integer)}", r"2k\pi"), (r"\frac{\pi}{2}+k\pi\ (k\in\mathbb{Z})", r"\frac\pi2+k\pi")],
+        [(r"cx \text{ for some constant } c", "x"), ("5=x+1", "5"), ("7=8", "8"), ("7 = 3+4", "7"), ("x=x", "x=5"), ("a=1, b=b", "a=1, b=2"),
+         (r"(0.5\cup 3)", "(0.5,3)"), ("1, 0", "1,000")]),
+    "units": (
+        [("m/2", "0.5m"), (r"\frac{m}{2}", "0.5m"), ("g/2", r"\frac12 g"), ("5 yards", "5 yd"), ("5 mg", "5"), (r"5\text{ mg}", r"5\text{ milligrams}"),
+         ("2 yr", r"2\text{ years}"), ("5 metres", r"5\text{ m}"), ("5 litres", "5 L"), ("5 centimetres", r"5\text{ cm}"),
+         (r"\$2.50 per pound", "2.50"), (r"2x^\circ", "2x"), (r"(30^\circ, 60^\circ)", "(30,60)"), (r"\{50\%, 20\%\}", "50,20"),
+         (r"8\text{ square metres}", r"8\text{ m}^2"), ("5 ml", r"5\text{ millilitres}")],
+        [("5 metres", "5 km"), ("2 yr", "2 yd"), ("m/2", "0.5"), (r"18\text{ cents}", r"\$18")]),
+}
 cases = lambda table: [pytest.param(*pair, id=f"{kind}: {pair[0]} | {pair[1]}") for kind, pairs in table.items() for pair in pairs]
 
 
@@ -890,6 +934,13 @@ def test_answers_to(gold):
     right, wrong = ANSWERS_TO[gold]
     assert [text for text in right if not is_equal(text, gold)] == []
     assert [text for text in wrong if is_equal(text, gold)] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind):
+    right, wrong = KINDS[kind]
+    assert [pair for pair in right if not is_equal(*pair)] == []
+    assert [pair for pair in wrong if is_equal(*pair)] == []
 
 
 @pytest.mark.parametrize("response, gold, right", RESPONSES)
