@@ -1024,6 +1024,7 @@ def load_model(cfg: Config):
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"--model {cfg.model}: its weights are not finite, first in {name}")
+        p.data = p.data.clone()  # aligned: else a CPU may round otherwise after a resume
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False  # a loss of its own, over padding as well
     return model, tokenizer
