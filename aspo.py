@@ -1517,7 +1517,7 @@ class Policy:
         self.longest = max(map(len, prompts)) + cfg.max_new_tokens
 
         self.dtype, self.temperature, self.top_p = torch.float32, 1.0, 1.0
-        self.max_new_tokens, self.stop_ids = 6, []  # for the probe
+        self.max_new_tokens, self.stop_ids = 12, []  # for the probe
         choose_engine(self)
         self.temperature, self.decoder = cfg.temperature, None
         self.max_new_tokens, self.stop_ids = cfg.max_new_tokens, self.eos_ids
