@@ -675,7 +675,7 @@ def mean(values) -> float | None:
 def repetition(text: str, n: int = 20) -> float:
     """Share of the text's n-word n-grams that occurred before in it."""
     words = text.split()
-    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    grams = list(zip(*(words[i:] for i in range(n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -700,7 +700,7 @@ def rollout_metrics(samples: list[Sample], cfg: Config) -> dict:
 
 def update_metrics(stats: list[dict], grad_norms: list[float], cfg: Config) -> dict:
     """Of the optimiser steps; pos and neg are good and bad tokens, None where there are none."""
-    def of(name: str) -> Tensor:
+    def of(name):
         return torch.cat([torch.zeros(0), *(s[name] for s in stats)])
 
     finite = [g for g in grad_norms if math.isfinite(g)]
@@ -714,7 +714,8 @@ def update_metrics(stats: list[dict], grad_norms: list[float], cfg: Config) -> d
     }
     if cfg.kl_coef:
         result["kl_ref"] = mean(of("kl_ref"))  # to the initial model: grows slowly
-    for sign, these in (("pos", of("advantage") > 0), ("neg", of("advantage") < 0)):
+    advantage = of("advantage")
+    for sign, these in (("pos", advantage > 0), ("neg", advantage < 0)):
         dual = weight >= cfg.dual_clip if sign == "pos" else r > cfg.dual_clip
         result |= {
             # near 1; above it for pos and below for neg, when updates do what they should
@@ -858,7 +859,8 @@ def load_problems(cfg: Config) -> tuple[list[dict], list[dict]]:
             if not train:
                 make_problem(splits["train"][0])  # raises, and says what is missing
     random.Random(0).shuffle(heldout or train)
-    heldout = (heldout or train[:max(1, len(train) // 5)])[:cfg.eval_problems]
+    a_fifth = train[:max(1, len(train) // 5)]
+    heldout = (heldout or a_fifth)[:cfg.eval_problems]
     seen = {problem["problem"] for problem in heldout}
     train = [problem for problem in train if problem["problem"] not in seen]
     if not train:
@@ -891,7 +893,7 @@ class Stream:
         return [self.shuffled(epoch)[i] for epoch, i in each]
 
 
-def open_reward(cfg: Config, reward: Callable | None) -> Callable[[str, dict], float]:
+def open_reward(cfg: Config, reward: Callable | None) -> Callable:
     """The reward of (response, problem): the answer checker, or one's own with its faults named."""
     if reward is None:
         if cfg.reward is None:
@@ -900,7 +902,7 @@ def open_reward(cfg: Config, reward: Callable | None) -> Callable[[str, dict], f
             path, name = cfg.reward.rsplit(":", 1)
             reward = runpy.run_path(path)[name]
 
-    def own_reward(response: str, problem: dict) -> float:
+    def own_reward(response, problem):
         with explain(f"the reward {getattr(reward, '__name__', reward)} failed on the problem "
                      f"{problem['problem'][:80]!r} and the response {response[:80]!r}"):
             value = float(reward(response, problem["row"]))
@@ -920,9 +922,9 @@ def tiny_model():
     """An untrained Qwen2 of 0.3 M parameters with one token per character, and its tokenizer."""
     # A character per token; Qwen2 reads bytes, and writes those of a line end and a space as Ċ, Ġ.
     tokens = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ċ#Ġ"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = transformers.Qwen2Tokenizer(
-        {token: i for i, token in enumerate(tokens)}, [], pad_token="<pad>", eos_token="<eos>",
-        unk_token="<unk>")
+        vocabulary, [], pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     # Else it would drop what it does not know.
     tokenizer.backend_tokenizer.model.unk_token = "<unk>"
     tokenizer.chat_template = (
@@ -1073,14 +1075,16 @@ def draw(probs: Tensor) -> Tensor:
         probs = torch.nn.functional.pad(probs, (0, -size % 64))
     blocks = probs.unflatten(-1, (64, -1))
     ends = blocks.sum(-1).double().cumsum(-1)  # (B, 64)
-    at = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]  # (B, 1), never 0
+    total = ends[:, -1:]
+    at = total * (1 - torch.rand_like(total))  # (B, 1), never 0
     # NaN, of a policy that has diverged, is found beyond the end: hence the clamps.
     block = torch.searchsorted(ends, at).clamp(max=63)
     rows = torch.arange(len(probs), device=probs.device)
     inside = blocks[rows, block[:, 0]].double().cumsum(-1)
     at = inside[:, -1:] - (ends.gather(1, block) - at)  # counted from the block's own end
     place = torch.searchsorted(inside, at.clamp(min=1e-300))
-    return (block * inside.shape[-1] + place)[:, 0].clamp(max=size - 1)
+    token = block * inside.shape[-1] + place
+    return token[:, 0].clamp(max=size - 1)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -1127,7 +1131,8 @@ class RowCache(transformers.Cache):
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
         """Write one column; all of what is in use goes to attention."""
-        used = [x[:self.rows, :, :self.columns] for x in self.buffers[2 * layer_idx:][:2]]
+        both = self.buffers[2 * layer_idx:][:2]
+        used = [buffer[:self.rows, :, :self.columns] for buffer in both]
         for buffer, new in zip(used, (keys, values)):
             buffer.index_copy_(2, self.column, new)
         return used
@@ -1194,17 +1199,20 @@ class Decoder:
     def write(self, logits: Tensor):
         """Pick every row's next token, and note it where its response stands."""
         picked = pick(logits, self.temperature, self.top_p)
-        self.written[:, self.row[:len(logits)], self.cache.column] = torch.stack(picked)
+        rows = self.row[:len(logits)]
+        self.written[:, rows, self.cache.column] = torch.stack(picked)
 
     def step(self):
         """Feed every row its last token and pick the next."""
-        rows, columns = self.cache.rows, self.cache.columns
-        token = self.written[0, self.row[:rows], self.cache.column].long()
+        rows, column = self.cache.rows, self.cache.column
+        token = self.written[0, self.row[:rows], column].long()
+        column.add_(1)
         self.position.add_(1)
-        bias = self.bias[:rows, :columns].index_fill_(1, self.cache.column.add_(1), 0.0)
+        self.bias.index_fill_(1, column, 0.0)
         out = self.model(
-            token[:, None], attention_mask=bias[:, None, None],
-            position_ids=self.position[:rows], use_cache=True, **{CACHE: self.cache})
+            token[:, None], position_ids=self.position[:rows], use_cache=True,
+            attention_mask=self.bias[:rows, None, None, :self.cache.columns],
+            **{CACHE: self.cache})
         self.write(out.logits[:, -1])
 
     def advance(self):
@@ -1250,7 +1258,7 @@ class Decoder:
 
 
 @torch.no_grad()
-def fast_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
+def fast_generate(policy: "Policy", prompts: list[list[int]]):
     """As plain_generate."""
     decoder = policy.decoder = policy.decoder or Decoder(policy.sampler)
     decoder.start(policy, prompts)
@@ -1260,7 +1268,8 @@ def fast_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
     done = decoder.row >= n  # rows without a response are done from the start
     for t in range(1, limit):
         if t % LOOK_EVERY == 0:
-            done |= torch.isin(written[0, :, t - LOOK_EVERY:t], stops).any(1)
+            latest = written[0, :, t - LOOK_EVERY:t]
+            done |= torch.isin(latest, stops).any(1)
             if done.all():
                 break
             decoder.drop(done)
@@ -1270,7 +1279,8 @@ def fast_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
     for row in written[:, :n, :limit].transpose(0, 1).cpu():  # (3, T)
         tokens = row[0].long().tolist()
         end = next((t for t, token in enumerate(tokens, 1) if token in policy.stop_ids), limit)
-        responses.append((tokens[:end], row[1, :end].clone(), row[2, :end].mean().item()))
+        _, logp, entropy = row[:, :end]
+        responses.append((tokens[:end], logp.clone(), entropy.mean().item()))
     return responses
 
 
@@ -1307,20 +1317,22 @@ def pack(samples: list[Sample], device: torch.device) -> Packed:
         prompt = lay(ids, slice(0, 0))
         for s in group:
             own = lay(s.response[:-1], prompt)
-            source += [prompt.stop - 1, *range(own.start, own.stop)][:len(s.response)]
+            places = [prompt.stop - 1, *range(own.start, own.stop)]
+            source += places[:len(s.response)]
             targets += s.response
     lengths = torch.tensor([[len(s.response)] for s in samples])
     mask = torch.arange(max(1, int(lengths.max()))) < lengths
     put = functools.partial(torch.tensor, dtype=torch.long, device=device)
-    return Packed(put([tokens]), put([positions]), parts, put(source), put(targets),
-                  mask.to(device))
+    return Packed(put([tokens]), put([positions]), parts,
+                  put(source), put(targets), mask.to(device))
 
 
 def lower_right(queries: int, keys: int, device: torch.device):
     """The last query sees all keys. On CUDA a sign for the flash kernel, which needs no mask."""
     if device.type == "cuda":
         return causal_lower_right(queries, keys)
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return mask.tril(keys - queries)
 
 
 def packed_attention(module, query, key, value, attention_mask, *, scaling=None,
@@ -1352,7 +1364,7 @@ transformers.AttentionInterface.register("packed", packed_attention)
 transformers.AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def packed_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+def packed_logp(model, packed: Packed, temperature: float):
     """Log-probability and entropy of every response token, (M,). Logits exist for these alone."""
     no_mask = packed.tokens.new_ones(1, 1, 1, 1)  # else transformers would make one of (N, N)
     hidden = model.base_model(
@@ -1363,7 +1375,7 @@ def packed_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tens
                    hidden, packed.targets, logits_per_row=head.out_features)
 
 
-def fast_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+def fast_logp(policy: "Policy", model, samples: list[Sample]):
     """As plain_logp, in tensors that begin where the responses do."""
     packed = pack(samples, model.device)
     with policy.half_precision():
