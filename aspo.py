@@ -630,7 +630,7 @@ def explain(what: str):
 
 def is_uniform(group: list[Sample]) -> bool:
     """All rewards are equal: nothing can be learned from this group."""
-    return all(s.reward == group[0].reward for s in group)
+    return len({s.reward for s in group}) == 1
 
 
 def refill(policy: "Policy", samples: list[Sample], run: "Run", cfg: Config) -> list[Sample]:
@@ -888,9 +888,8 @@ class Stream:
         """This process's next n problems. They take turns, so all must call it together."""
         start = self.position
         self.position += max(all_gather([n])) * world()
-        places = range(start + rank(), self.position, world())[:n]
-        each = (divmod(place, len(self.problems)) for place in places)
-        return [self.shuffled(epoch)[i] for epoch, i in each]
+        places, size = range(start + rank(), self.position, world()), len(self.problems)
+        return [self.shuffled(place // size)[place % size] for place in places[:n]]
 
 
 def open_reward(cfg: Config, reward: Callable | None) -> Callable:
@@ -1160,16 +1159,6 @@ class Decoder:
     def round_columns(self, n: int) -> int:
         return -(-n // COLUMN_STEP) * COLUMN_STEP if self.bucketed else n
 
-    def allocate(self, prompt_cache: list[Tensor], rows: int, columns: int):
-        self.graphs, self.cache = {}, None  # gone before the new one is made
-        self.cache = RowCache(prompt_cache, rows, columns)
-        zeros = self.cache.column.new_zeros
-        self.row = zeros(rows)  # the response that each row writes
-        self.position = zeros(rows, 1)  # where its last token stands in its sequence
-        self.bias = zeros(rows, columns, dtype=self.model.dtype)  # added to scores: 0 or -inf
-        # What has been written, a row per response: tokens, log-probabilities, entropies.
-        self.written = zeros(3, rows, columns, dtype=torch.float)
-
     def start(self, policy: "Policy", prompts: list[list[int]]):
         """Read every different prompt once, lay its cache out for its rows, pick first tokens."""
         self.temperature, self.top_p = policy.temperature, policy.top_p
@@ -1183,8 +1172,15 @@ class Decoder:
         prompt_cache = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         n, width = len(prompts), ids.shape[1]
         rows, columns = self.round_rows(n), self.round_columns(width + policy.max_new_tokens)
-        if rows > self.bias.shape[0] or columns > self.bias.shape[1]:
-            self.allocate(prompt_cache, rows, columns)
+        if rows > len(self.bias) or columns > self.bias.shape[1]:
+            self.graphs, self.cache = {}, None  # gone before the new one is made
+            self.cache = RowCache(prompt_cache, rows, columns)
+            zeros = self.cache.column.new_zeros
+            self.row = zeros(rows)  # the response that each row writes
+            self.position = zeros(rows, 1)  # where its last token stands in its sequence
+            self.bias = zeros(rows, columns, dtype=self.model.dtype)  # of scores: 0 or -inf
+            # What has been written, a row per response: tokens, log-probabilities, entropies.
+            self.written = zeros(3, rows, columns, dtype=torch.float)
 
         for buffer, x in zip(self.cache.buffers, prompt_cache):
             buffer[:n, :, :width] = x[which]
