@@ -630,7 +630,7 @@ def explain(what: str):
 
 def is_uniform(group: list[Sample]) -> bool:
     """All rewards are equal: nothing can be learned from this group."""
-    return all(s.reward == group[0].reward for s in group)
+    return len({s.reward for s in group}) == 1
 
 
 def refill(policy: "Policy", samples: list[Sample], run: "Run", cfg: Config) -> list[Sample]:
@@ -638,15 +638,14 @@ def refill(policy: "Policy", samples: list[Sample], run: "Run", cfg: Config) -> 
 
     Uniform groups of the last refill stay, with advantages of 0.
     """
-    n_groups = len(samples) // cfg.group_size
     for _ in range(cfg.max_refills):
         groups = chunks(samples, cfg.group_size)
-        kept = [s for group in groups if not is_uniform(group) for s in group]
-        missing = n_groups - len(kept) // cfg.group_size
+        kept = [group for group in groups if not is_uniform(group)]
+        missing = len(groups) - len(kept)
         if all_sum(missing) == 0:
             break
-        problems = run.stream.take(missing)
-        samples = kept + roll_out(policy, problems, cfg.group_size, cfg, run.reward)
+        others = roll_out(policy, run.stream.take(missing), cfg.group_size, cfg, run.reward)
+        samples = sum(kept, []) + others
     return samples
 
 
@@ -676,7 +675,7 @@ def mean(values) -> float | None:
 def repetition(text: str, n: int = 20) -> float:
     """Share of the text's n-word n-grams that occurred before in it."""
     words = text.split()
-    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    grams = list(zip(*(words[i:] for i in range(n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -701,20 +700,22 @@ def rollout_metrics(samples: list[Sample], cfg: Config) -> dict:
 
 def update_metrics(stats: list[dict], grad_norms: list[float], cfg: Config) -> dict:
     """Of the optimiser steps; pos and neg are good and bad tokens, None where there are none."""
+    def of(name):
+        return torch.cat([torch.zeros(0), *(s[name] for s in stats)])
+
     finite = [g for g in grad_norms if math.isfinite(g)]
-    names = stats[0] if stats else ["advantage", "log_ratio", "weight", "old_prob", "mismatch"]
-    of = {name: torch.cat([torch.zeros(0), *(s[name] for s in stats)]).float() for name in names}
-    weight, unlikely, r = of["weight"], of["old_prob"] < 0.5, ratio(of["log_ratio"])
+    weight, unlikely, r = of("weight"), of("old_prob") < 0.5, ratio(of("log_ratio"))
     result = {
         "grad_norm": mean(finite) or 0.0,  # steady; 0 if there was no step
         "skipped_steps": len(grad_norms) - len(finite),  # not finite: 0; with fp16 a few
         "approx_kl": mean(r - 1 - r.log()),  # of pi_old and pi: under 0.05
         # |log pi_old - the sampler's|: 1e-6 in fp32, more in half precision
-        "sampler_mismatch": mean(of["mismatch"]),
+        "sampler_mismatch": mean(of("mismatch")),
     }
     if cfg.kl_coef:
-        result["kl_ref"] = mean(of.get("kl_ref", []))  # to the initial model: grows slowly
-    for sign, these in (("pos", of["advantage"] > 0), ("neg", of["advantage"] < 0)):
+        result["kl_ref"] = mean(of("kl_ref"))  # to the initial model: grows slowly
+    advantage = of("advantage")
+    for sign, these in (("pos", advantage > 0), ("neg", advantage < 0)):
         dual = weight >= cfg.dual_clip if sign == "pos" else r > cfg.dual_clip
         result |= {
             # near 1; above it for pos and below for neg, when updates do what they should
@@ -858,7 +859,8 @@ def load_problems(cfg: Config) -> tuple[list[dict], list[dict]]:
             if not train:
                 make_problem(splits["train"][0])  # raises, and says what is missing
     random.Random(0).shuffle(heldout or train)
-    heldout = (heldout or train[:max(1, len(train) // 5)])[:cfg.eval_problems]
+    a_fifth = train[:max(1, len(train) // 5)]
+    heldout = (heldout or a_fifth)[:cfg.eval_problems]
     seen = {problem["problem"] for problem in heldout}
     train = [problem for problem in train if problem["problem"] not in seen]
     if not train:
@@ -879,29 +881,27 @@ class Stream:
         self.problems, self.seed, self.position = problems, seed, 0
 
     @functools.lru_cache(maxsize=2)
-    def order(self, epoch: int) -> list[int]:
-        shuffled = random.Random(f"{self.seed}-{epoch}")
-        return shuffled.sample(range(len(self.problems)), len(self.problems))
+    def shuffled(self, epoch: int) -> list[dict]:
+        return random.Random(f"{self.seed}-{epoch}").sample(self.problems, len(self.problems))
 
     def take(self, n: int) -> list[dict]:
         """This process's next n problems. They take turns, so all must call it together."""
         start = self.position
         self.position += max(all_gather([n])) * world()
-        places = range(start + rank(), self.position, world())[:n]
-        each = (divmod(place, len(self.problems)) for place in places)
-        return [self.problems[self.order(epoch)[i]] for epoch, i in each]
+        places, size = range(start + rank(), self.position, world()), len(self.problems)
+        return [self.shuffled(place // size)[place % size] for place in places[:n]]
 
 
-def open_reward(cfg: Config, reward: Callable | None) -> Callable[[str, dict], float]:
+def open_reward(cfg: Config, reward: Callable | None) -> Callable:
     """The reward of (response, problem): the answer checker, or one's own with its faults named."""
-    if reward is None and cfg.reward is None:
-        return right_answer
     if reward is None:
+        if cfg.reward is None:
+            return right_answer
         with explain(f"--reward {cfg.reward}: expected FILE.py:NAME of f(response, row) -> float"):
             path, name = cfg.reward.rsplit(":", 1)
             reward = runpy.run_path(path)[name]
 
-    def own_reward(response: str, problem: dict) -> float:
+    def own_reward(response, problem):
         with explain(f"the reward {getattr(reward, '__name__', reward)} failed on the problem "
                      f"{problem['problem'][:80]!r} and the response {response[:80]!r}"):
             value = float(reward(response, problem["row"]))
@@ -919,20 +919,17 @@ def open_reward(cfg: Config, reward: Callable | None) -> Callable[[str, dict], f
 
 def tiny_model():
     """An untrained Qwen2 of 0.3 M parameters with one token per character, and its tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    # Byte-level, as AutoTokenizer reads the vocabulary of any Qwen2 model that way.
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters = [byte_level.pre_tokenize_str(c)[0][0] for c in "0123456789+=\n# "]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
-    characters = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    characters.pre_tokenizer, characters.decoder = byte_level, decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    # A character per token; Qwen2 reads bytes, and writes those of a line end and a space as Ċ, Ġ.
+    tokens = ["<pad>", "<eos>", "<unk>", *"0123456789+=Ċ#Ġ"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocabulary, [], pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    # Else it would drop what it does not know.
+    tokenizer.backend_tokenizer.model.unk_token = "<unk>"
     tokenizer.chat_template = (
         "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}")
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=len(tokens), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
         tie_word_embeddings=True, initializer_range=0.04, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)), tokenizer
@@ -964,8 +961,8 @@ def warm_up(model, tokenizer, problems: list[dict], cfg: Config):
         batch = []
         for row in rng.choices(problems, k=32):
             prompt = tokenizer(row["problem"] + "=").input_ids
-            response = tokenizer(sloppy_demonstration(row["problem"], rng)).input_ids
-            response.append(tokenizer.eos_token_id)
+            demonstration = sloppy_demonstration(row["problem"], rng)
+            response = tokenizer(demonstration + tokenizer.eos_token).input_ids
             labels = [-100] * len(prompt) + response
             batch.append({"input_ids": prompt + response, "labels": labels})
         model(**pad(batch), use_cache=False).loss.backward()
@@ -981,17 +978,17 @@ def warm_up(model, tokenizer, problems: list[dict], cfg: Config):
 # Touch it for a model that loads in its own way, or for the settings of an alias.
 
 SAVING = dict(gradient_checkpointing=True)
+LARGE = SAVING | dict(sample_rows=64)
 PRESETS = {  # alias: hub id, settings. Sized for one GPU of 24 GB, from 1.5B on of 40, r1 of 80
     "tiny": (None, dict(data="arithmetic", steps=55, prompts=64, minibatch=16, max_new_tokens=40,
                         lr=4e-4, eval_every=11)),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", dict(max_new_tokens=256, lr=3e-6)),
     "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", SAVING),
-    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", SAVING | dict(sample_rows=64)),  # 9 times the cache of 0.5b
-    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", SAVING | dict(sample_rows=64)),
-    "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B",
-                       SAVING | dict(max_new_tokens=1024, sample_rows=64)),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", LARGE),  # 9 times the cache of 0.5b
+    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", LARGE),
+    "qwen-math-1.5b": ("Qwen/Qwen2.5-Math-1.5B", LARGE | dict(max_new_tokens=1024)),
     "r1-1.5b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-                SAVING | dict(max_new_tokens=4096, sample_rows=64)),
+                LARGE | dict(max_new_tokens=4096)),
 }
 
 
@@ -1050,8 +1047,8 @@ def stop_tokens(model, tokenizer) -> list[int]:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
         with explain("the chat template cannot write a question and its answer"):
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-        _, _, behind = text.rpartition("ANSWER")
-        if "ANSWER" in text and behind.strip():
+        _, found, behind = text.rpartition("ANSWER")
+        if found and behind.strip():
             ending = tokenizer(behind.strip(), add_special_tokens=False).input_ids
             if ending[0] in tokenizer.added_tokens_decoder:
                 ids.add(ending[0])
@@ -1078,13 +1075,16 @@ def draw(probs: Tensor) -> Tensor:
         probs = torch.nn.functional.pad(probs, (0, -size % 64))
     blocks = probs.unflatten(-1, (64, -1))
     ends = blocks.sum(-1).double().cumsum(-1)  # (B, 64)
-    at = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]  # (B, 1), never 0
+    total = ends[:, -1:]
+    at = total * (1 - torch.rand_like(total))  # (B, 1), never 0
     # NaN, of a policy that has diverged, is found beyond the end: hence the clamps.
     block = torch.searchsorted(ends, at).clamp(max=63)
-    inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double().cumsum(-1)
+    rows = torch.arange(len(probs), device=probs.device)
+    inside = blocks[rows, block[:, 0]].double().cumsum(-1)
     at = inside[:, -1:] - (ends.gather(1, block) - at)  # counted from the block's own end
     place = torch.searchsorted(inside, at.clamp(min=1e-300))
-    return (block * inside.shape[-1] + place)[:, 0].clamp(max=size - 1)
+    token = block * inside.shape[-1] + place
+    return token[:, 0].clamp(max=size - 1)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -1123,25 +1123,22 @@ class RowCache(transformers.Cache):
     its group or let rows go.
     """
 
-    def __init__(self, prompt_cache: transformers.Cache, rows: int, columns: int):
+    def __init__(self, prompt_cache: list[Tensor], rows: int, columns: int):
         super().__init__(layers=[])
-        self.buffers = [[x.new_zeros(rows, x.shape[1], columns, x.shape[3])
-                         for x in (layer.keys, layer.values)] for layer in prompt_cache.layers]
+        self.buffers = [x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in prompt_cache]
         self.rows, self.columns = rows, columns  # in use
-        self.column = torch.zeros(1, dtype=torch.long, device=self.buffers[0][0].device)  # next
+        self.column = self.buffers[0].new_zeros(1, dtype=torch.long)  # written last
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
         """Write one column; all of what is in use goes to attention."""
-        used = [x[:self.rows, :, :self.columns] for x in self.buffers[layer_idx]]
+        both = self.buffers[2 * layer_idx:][:2]
+        used = [buffer[:self.rows, :, :self.columns] for buffer in both]
         for buffer, new in zip(used, (keys, values)):
             buffer.index_copy_(2, self.column, new)
         return used
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns - 1
-
-    def get_max_length(self, layer_idx: int = 0) -> int:
-        return self.buffers[0][0].shape[2]
 
 
 class Decoder:
@@ -1151,78 +1148,68 @@ class Decoder:
         self.model = model
         self.graphs_on = model.device.type == "cuda"
         self.bucketed = self.graphs_on if bucketed is None else bucketed
-        self.cache, self.graphs, self.pool = None, {}, None
+        self.cache, self.pool, self.bias = None, None, torch.empty(0, 0)
 
     def round_rows(self, n: int) -> int:
         """n, or on CUDA the next 2^k or 3 * 2^k: few sizes, few graphs."""
-        power = 1 << (n - 1).bit_length()
         if not self.bucketed:
             return n
-        return power * 3 // 4 if power > 3 and n <= power * 3 // 4 else power
+        power = 1 << (n - 1).bit_length()
+        return power * 3 // 4 if n <= power * 3 // 4 else power
 
     def round_columns(self, n: int) -> int:
         return -(-n // COLUMN_STEP) * COLUMN_STEP if self.bucketed else n
 
-    def allocate(self, prompt_cache: transformers.Cache, rows: int, columns: int):
-        zeros = functools.partial(torch.zeros, dtype=torch.long, device=self.model.device)
-        self.graphs = {}
-        self.cache = RowCache(prompt_cache, rows, columns)
-        self.row = zeros(rows)  # the response that each row writes
-        self.token = zeros(rows)  # its last token
-        self.position = zeros(rows, 1)  # where that stands in its sequence
-        self.bias = zeros(rows, columns, dtype=self.model.dtype)  # added to scores: 0 or -inf
-        self.t = zeros(1)  # how many tokens have been written
-        # What has been written, a row per response: tokens, log-probabilities, entropies.
-        self.written = zeros(3, rows, columns, dtype=torch.double)
-
     def start(self, policy: "Policy", prompts: list[list[int]]):
         """Read every different prompt once, lay its cache out for its rows, pick first tokens."""
         self.temperature, self.top_p = policy.temperature, policy.top_p
-        different = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        ids, mask = policy.pad(list(map(list, different)), "left")  # (Q, P) each
+        padded = torch.stack(policy.pad(prompts, "left"))
+        (ids, mask), which = padded.unique(dim=1, return_inverse=True)  # (Q, P) each, (B,)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a prompt
-        prompt_cache = transformers.DynamicCache()
+        cache = transformers.DynamicCache()
         logits = self.model(
             ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-            **{CACHE: prompt_cache}).logits[:, -1]
+            **{CACHE: cache}).logits[:, -1]
+        prompt_cache = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         n, width = len(prompts), ids.shape[1]
         rows, columns = self.round_rows(n), self.round_columns(width + policy.max_new_tokens)
-        fits = self.cache is not None and rows <= len(self.row) and columns <= self.bias.shape[1]
-        if not fits or not self.bucketed:
-            self.cache = None  # before the new one is made
-            self.allocate(prompt_cache, rows, columns)
+        if rows > len(self.bias) or columns > self.bias.shape[1]:
+            self.graphs, self.cache = {}, None  # gone before the new one is made
+            self.cache = RowCache(prompt_cache, rows, columns)
+            zeros = self.cache.column.new_zeros
+            self.row = zeros(rows)  # the response that each row writes
+            self.position = zeros(rows, 1)  # where its last token stands in its sequence
+            self.bias = zeros(rows, columns, dtype=self.model.dtype)  # of scores: 0 or -inf
+            # What has been written, a row per response: tokens, log-probabilities, entropies.
+            self.written = zeros(3, rows, columns, dtype=torch.float)
 
-        which = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=ids.device)
-        for buffers, layer in zip(self.cache.buffers, prompt_cache.layers):
-            for buffer, x in zip(buffers, (layer.keys, layer.values)):
-                buffer[:n, :, :width] = x[which]
+        for buffer, x in zip(self.cache.buffers, prompt_cache):
+            buffer[:n, :, :width] = x[which]
         self.bias.fill_(torch.finfo(self.bias.dtype).min)
         self.bias[:n, :width].masked_fill_(mask[which].bool(), 0.0)
-        self.position.zero_()[:n] = mask.sum(1, keepdim=True)[which] - 1
-        self.row.copy_(torch.arange(len(self.row)))
-        self.token.zero_()
-        self.t.zero_()
+        self.position.zero_()[:n] = positions[which, -1:]
+        torch.arange(len(self.row), out=self.row)
         self.cache.column.fill_(width - 1)
-        self.filled = width
+        self.filled, self.cache.rows = width, rows
         self.write(logits[which])
-        self.cache.rows = rows
 
     def write(self, logits: Tensor):
         """Pick every row's next token, and note it where its response stands."""
         picked = pick(logits, self.temperature, self.top_p)
-        n = len(logits)
-        self.token[:n] = picked[0]
-        self.written[:, self.row[:n], self.t] = torch.stack([x.double() for x in picked])
+        rows = self.row[:len(logits)]
+        self.written[:, rows, self.cache.column] = torch.stack(picked)
 
     def step(self):
         """Feed every row its last token and pick the next."""
-        rows, columns = self.cache.rows, self.cache.columns
-        for counter in (self.t, self.position, self.cache.column):
-            counter.add_(1)
-        bias = self.bias[:rows, :columns].index_fill_(1, self.cache.column, 0.0)
+        rows, column = self.cache.rows, self.cache.column
+        token = self.written[0, self.row[:rows], column].long()
+        column.add_(1)
+        self.position.add_(1)
+        self.bias.index_fill_(1, column, 0.0)
         out = self.model(
-            self.token[:rows, None], attention_mask=bias[:, None, None],
-            position_ids=self.position[:rows], use_cache=True, **{CACHE: self.cache})
+            token[:, None], position_ids=self.position[:rows], use_cache=True,
+            attention_mask=self.bias[:rows, None, None, :self.cache.columns],
+            **{CACHE: self.cache})
         self.write(out.logits[:, -1])
 
     def advance(self):
@@ -1257,38 +1244,41 @@ class Decoder:
     def drop(self, done: Tensor):
         """Let finished rows go, as far as the next smaller size allows; done is (responses,)."""
         live = ~done[self.row[:self.cache.rows]]
-        rows = self.round_rows(max(1, int(live.sum())))
+        rows = self.round_rows(int(live.sum()))
         if rows >= self.cache.rows:
             return
         order = live.int().argsort(descending=True, stable=True)[:rows]
-        for state in (self.token, self.position, self.row, self.bias):
+        filled = (buffer[:, :, :self.filled] for buffer in self.cache.buffers)
+        for state in (self.row, self.position, self.bias, *filled):
             state[:rows] = state[order]
-        for buffer in itertools.chain.from_iterable(self.cache.buffers):
-            buffer[:rows, :, :self.filled] = buffer[order, :, :self.filled]
         self.cache.rows = rows
 
 
 @torch.no_grad()
-def fast_generate(policy: "Policy", prompts: list[list[int]]) -> list[tuple]:
+def fast_generate(policy: "Policy", prompts: list[list[int]]):
     """As plain_generate."""
     decoder = policy.decoder = policy.decoder or Decoder(policy.sampler)
     decoder.start(policy, prompts)
     n, limit = len(prompts), policy.max_new_tokens
-    stops = torch.tensor(policy.stop_ids, device=decoder.row.device).long()
+    written = decoder.written[:, :, decoder.filled - 1:]  # (3, rows, T), from the first token on
+    stops = written.new_tensor(policy.stop_ids)
     done = decoder.row >= n  # rows without a response are done from the start
     for t in range(1, limit):
         if t % LOOK_EVERY == 0:
-            done |= torch.isin(decoder.written[0, :, t - LOOK_EVERY:t].long(), stops).any(1)
+            latest = written[0, :, t - LOOK_EVERY:t]
+            done |= torch.isin(latest, stops).any(1)
             if done.all():
                 break
             decoder.drop(done)
         decoder.advance()
 
-    tokens, logp, entropy = decoder.written[:, :n, :limit]
-    is_stop = torch.isin(tokens.long(), stops)
-    lengths = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, limit).tolist()
-    return [(row[:length].long().tolist(), logps[:length].float(), h[:length].mean().item())
-            for row, logps, h, length in zip(tokens.cpu(), logp.cpu(), entropy.cpu(), lengths)]
+    responses = []
+    for row in written[:, :n, :limit].transpose(0, 1).cpu():  # (3, T)
+        tokens = row[0].long().tolist()
+        end = next((t for t, token in enumerate(tokens, 1) if token in policy.stop_ids), limit)
+        _, logp, entropy = row[:, :end]
+        responses.append((tokens[:end], logp.clone(), entropy.mean().item()))
+    return responses
 
 
 # ----------------------------------------------------------------------------------- fast: packing
@@ -1301,7 +1291,7 @@ class Packed(NamedTuple):
 
     tokens: Tensor  # (1, N)
     positions: Tensor  # (1, N)
-    groups: list  # (begin, end of a prompt, [(begin, end, mask) of its responses])
+    parts: list  # (slice of the row that it sees besides itself, its own slice, mask)
     source: Tensor  # (M,) the place that predicts each of the M response tokens
     targets: Tensor  # (M,) these tokens
     mask: Tensor  # (B, T) bool: where they stand in the padded responses
@@ -1309,42 +1299,41 @@ class Packed(NamedTuple):
 
 def pack(samples: list[Sample], device: torch.device) -> Packed:
     """Lay samples out; those of one group stand side by side."""
-    tokens, positions, groups, source, targets = [], [], [], [], []
-    prompt = None
-    for s in samples:
-        if s.prompt != prompt:  # a new group
-            prompt = s.prompt
-            groups.append((len(tokens), len(tokens) + len(prompt), []))
-            tokens += prompt
-            positions += range(len(prompt))
-        _, prompt_end, responses = groups[-1]
-        begin, length = len(tokens), len(s.response)
-        tokens += s.response[:-1]
-        positions += range(len(prompt), len(prompt) + len(tokens) - begin)
-        if length > 1:
-            mask = lower_right(length - 1, len(prompt) + length - 1, device)
-            responses.append((begin, len(tokens), mask))
-        source += [prompt_end - 1, *range(begin, len(tokens))][:length]
-        targets += s.response
-    lengths = torch.tensor([len(s.response) for s in samples])
-    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    tokens, positions, parts, source, targets = [], [], [], [], []
 
-    def put(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def lay(ids: list[int], seen: slice) -> slice:
+        own = slice(len(tokens), len(tokens) + len(ids))
+        before = seen.stop - seen.start
+        tokens.extend(ids)
+        positions.extend(range(before, before + len(ids)))
+        if ids:
+            parts.append((seen, own, lower_right(len(ids), before + len(ids), device)))
+        return own
 
-    return Packed(put([tokens]), put([positions]), groups, put(source), put(targets),
-                  mask.to(device))
+    for ids, group in itertools.groupby(samples, lambda s: s.prompt):
+        prompt = lay(ids, slice(0, 0))
+        for s in group:
+            own = lay(s.response[:-1], prompt)
+            places = [prompt.stop - 1, *range(own.start, own.stop)]
+            source += places[:len(s.response)]
+            targets += s.response
+    lengths = torch.tensor([[len(s.response)] for s in samples])
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths
+    put = functools.partial(torch.tensor, dtype=torch.long, device=device)
+    return Packed(put([tokens]), put([positions]), parts,
+                  put(source), put(targets), mask.to(device))
 
 
 def lower_right(queries: int, keys: int, device: torch.device):
     """The last query sees all keys. On CUDA a sign for the flash kernel, which needs no mask."""
     if device.type == "cuda":
         return causal_lower_right(queries, keys)
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return mask.tril(keys - queries)
 
 
-def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *,
-                     scaling: float | None = None, packed: Packed | None = None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, *, scaling=None,
+                     packed: Packed | None = None, **kwargs):
     """What transformers calls in every layer: (1, heads, N, D) -> (1, N, heads, D), None.
 
     Without `packed` it decodes, (B, heads, 1, D) -> (B, 1, heads, D), or reads prompts.
@@ -1362,12 +1351,9 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
 
     attend = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
     out = []
-    for begin, end, responses in packed.groups:
-        q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-        out.append(attend(q, k, v, is_causal=True))
-        for first, last, mask in responses:
-            q, own_k, own_v = (x[:, :, first:last] for x in (query, key, value))
-            out.append(attend(q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), mask))
+    for seen, own, mask in packed.parts:
+        k, v = (torch.cat([x[:, :, seen], x[:, :, own]], 2) for x in (key, value))
+        out.append(attend(query[:, :, own], k, v, mask))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
@@ -1375,29 +1361,25 @@ transformers.AttentionInterface.register("packed", packed_attention)
 transformers.AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def packed_logp(model, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+def packed_logp(model, packed: Packed, temperature: float):
     """Log-probability and entropy of every response token, (M,). Logits exist for these alone."""
-    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.tokens.device)  # else (N, N)
+    no_mask = packed.tokens.new_ones(1, 1, 1, 1)  # else transformers would make one of (N, N)
     hidden = model.base_model(
-        packed.tokens, attention_mask=unused, position_ids=packed.positions, use_cache=False,
+        packed.tokens, attention_mask=no_mask, position_ids=packed.positions, use_cache=False,
         packed=packed).last_hidden_state[0].index_select(0, packed.source)  # (M, D)
     head = model.get_output_embeddings()
-
-    def work(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return logp_and_entropy(head(h), targets, temperature)
-
-    return by_rows(work, hidden, packed.targets, logits_per_row=head.out_features)
+    return by_rows(lambda h, targets: logp_and_entropy(head(h), targets, temperature),
+                   hidden, packed.targets, logits_per_row=head.out_features)
 
 
-def fast_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+def fast_logp(policy: "Policy", model, samples: list[Sample]):
     """As plain_logp, in tensors that begin where the responses do."""
     packed = pack(samples, model.device)
     with policy.half_precision():
         # A method of the model, see `shard`.
         values = model.packed_logp(packed, policy.temperature)
     zeros = torch.zeros(packed.mask.shape, device=model.device)
-    logp, entropy = (zeros.masked_scatter(packed.mask, x) for x in values)
-    return logp, entropy, packed.mask
+    return *(zeros.masked_scatter(packed.mask, x) for x in values), packed.mask
 
 
 def fast_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:

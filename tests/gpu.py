@@ -224,7 +224,7 @@ def out_of_memory(lab: Lab):
     def step(self):
         plain_step(self)
         if lab.cuda and torch.cuda.is_current_stream_capturing():
-            self.token.sum().item()
+            self.row.sum().item()
 
     with mock.patch.object(aspo.Decoder, "step", step), contextlib.ExitStack() as stack:
         if not lab.cuda:

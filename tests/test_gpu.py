@@ -57,7 +57,7 @@ def record(decoder, size: tuple):
     """Decoder.record without a GPU. A capture runs nothing, so what the step changed is put back, and the seed."""
     changing = state_of(decoder)
     before, seed = [x.clone() for x in changing], torch.get_rng_state()
-    for counter in (decoder.t, decoder.position, decoder.cache.column):
+    for counter in (decoder.position, decoder.cache.column):
         counter.sub_(1)  # the step that has just been made, again: the next one may have no column
     with Operations() as operations:
         decoder.step()
@@ -176,7 +176,7 @@ def test_replays_equal_plain_steps_over_prompts_and_weights_that_change(lab, gra
         torch.manual_seed(turn)
         drawn = policy.generate(policy.rows)
         addresses = [x.data_ptr() for x in state_of(policy.decoder)]
-        assert len(addresses) > 10
+        assert len(addresses) > 8
         torch.manual_seed(turn)
         plain.decoder = aspo.Decoder(plain.sampler, bucketed=True)
         others = plain.generate(plain.rows)

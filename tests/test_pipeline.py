@@ -215,11 +215,9 @@ def test_packing_leaves_out_nothing_but_prompts_met_before_and_last_tokens():
     assert packed.source.tolist() == [2, 3, 4, 2, 5, 6]
     assert packed.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     seen = {}  # place -> places that it looks at
-    for begin, end, responses in packed.groups:
-        seen |= {place: list(range(begin, place + 1)) for place in range(begin, end)}
-        for first, last, mask in responses:
-            keys = torch.tensor([*range(begin, end), *range(first, last)])
-            seen |= {first + i: keys[row].tolist() for i, row in enumerate(mask)}
+    for prompt, own, mask in packed.parts:
+        keys = torch.tensor([*range(prompt.start, prompt.stop), *range(own.start, own.stop)])
+        seen |= {own.start + i: keys[row].tolist() for i, row in enumerate(mask)}
     assert seen == {0: [0], 1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 2, 3, 4], 5: [5], 6: [5, 6]}
 
 
