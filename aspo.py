@@ -771,7 +771,8 @@ def make_problem(row: dict) -> dict:
     columns = row | inner if isinstance(inner, dict) else row
 
     def first(names: tuple):
-        return next((columns[n] for n in names if columns.get(n) not in (None, "", [])), None)
+        values = map(columns.get, names)
+        return next((value for value in values if value not in (None, "", [])), None)
 
     question, answer = first(PROBLEM_COLUMNS), first(ANSWER_COLUMNS)
     if row.get("Body"):  # SVAMP tells its story in two columns
@@ -886,10 +887,10 @@ class Stream:
 
     def take(self, n: int) -> list[dict]:
         """This process's next n problems. They take turns, so all must call it together."""
-        start = self.position
+        start, size = self.position, len(self.problems)
         self.position += max(all_gather([n])) * world()
-        places, size = range(start + rank(), self.position, world()), len(self.problems)
-        return [self.shuffled(place // size)[place % size] for place in places[:n]]
+        places = range(start + rank(), self.position, world())[:n]
+        return [self.shuffled(place // size)[place % size] for place in places]
 
 
 def open_reward(cfg: Config, reward: Callable | None) -> Callable:
@@ -1009,7 +1010,7 @@ def load_model(cfg: Config):
     transformers.logging.disable_progress_bar()
     if cfg.model == "tiny":
         return tiny_model()
-    source, _ = PRESETS.get(cfg.model, (cfg.model, {}))
+    source = PRESETS.get(cfg.model, (cfg.model,))[0]
     if Path(source).is_dir() and (reason := what_lacks(Path(source))):
         raise UserError(f"cannot load --model {cfg.model}: {reason}")
     with explain(f"cannot load --model {cfg.model}; expected {', '.join(PRESETS)}, a hub id or a "
@@ -1307,7 +1308,8 @@ def pack(samples: list[Sample], device: torch.device) -> Packed:
         tokens.extend(ids)
         positions.extend(range(before, before + len(ids)))
         if ids:
-            parts.append((seen, own, lower_right(len(ids), before + len(ids), device)))
+            mask = lower_right(len(ids), before + len(ids), device)
+            parts.append((seen, own, mask))
         return own
 
     for ids, group in itertools.groupby(samples, lambda s: s.prompt):
