@@ -1573,15 +1573,15 @@ class Policy:
     def place(self, learning):
         """Weights to the device, a copy for sampling where that pays, and the optimizer."""
         if not learning:
-            self.sampler = weights_in(self.dtype, self.model).to(self.device)
+            weights_in(self.dtype, self.model).to(self.device)
             return
         if self.cfg.gradient_checkpointing:
             recompute_layers(self.model)
         if self.dtype != torch.float32 or world() > 1:
             # Half precision: half the bytes to read per token. And FSDP would gather every layer
             # for every token.
-            sampler = copy.deepcopy(self.model)
-            self.sampler = weights_in(self.dtype, sampler).to(self.device)
+            self.sampler = copy.deepcopy(self.model)
+            weights_in(self.dtype, self.sampler).to(self.device)
         shard(self.model, self.device, self.dtype)
         learned = [p for p in self.model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in learned if p.ndim > 1]},
@@ -1637,9 +1637,8 @@ class Policy:
     @torch.no_grad()
     def refresh_sampler(self):
         """Copy what was learned into the sampler, in place: graphs know the addresses."""
-        if self.sampler is not self.model:
-            for copied, master in zip(self.sampler.parameters(), self.model.parameters()):
-                copied.copy_(whole(master))
+        for copied, master in zip(self.sampler.parameters(), self.model.parameters()):
+            copied.copy_(whole(master))
 
     def micro_batches(self, samples):
         """Lists of samples. FSDP wants as many on every process: some hold nothing."""
@@ -1690,8 +1689,8 @@ def recompute_layers(model):
     """Gradient checkpointing in eval mode: transformers' own wants train mode, and its noise."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"--gradient_checkpointing: a {type(model).__name__} has no layers made "
-                        "for it; leave it out, and lower --micro_tokens")
+        raise UserError(f"no --gradient_checkpointing for a {type(model).__name__}; leave it out, "
+                        "and lower --micro_tokens")
     for layer in layers:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -1840,19 +1839,17 @@ def flush(path: Path):
 
 def save_policy(policy: Policy, folder: Path, state: dict):
     """Write a checkpoint into a new folder, by all processes together. Raises UserError."""
-    def gathered(tensors: dict):
-        return {name: whole(x).cpu() for name, x in tensors.items()}
-
     model, moments = policy.model, policy.optimizer.state
-    everything = model.state_dict()
     # named_parameters() has one name of tied weights: gathered, they would no longer look tied.
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    weights = gathered({name: everything[name] for name in named if name in everything})
-    optimizer = {name: gathered(moments[p])
-                 for name, p in named.items() if p in moments}
-    state |= {
-        "config": dataclasses.asdict(policy.cfg), "known": policy.known, "optimizer": optimizer,
-        "schedule": policy.schedule.state_dict(), "scaler": policy.scaler.state_dict()}
+    weights = {name: whole(x).cpu()
+               for name, x in model.state_dict().items() if name in named}
+    state |= {"config": vars(policy.cfg), "known": policy.known}
+    state |= {part: getattr(policy, part).state_dict() for part in ("schedule", "scaler")}
+    state["optimizer"] = {
+        name: {key: whole(x).cpu()
+               for key, x in moments[p].items()}
+        for name, p in named.items() if p in moments}
 
     def write():
         remove(folder)
@@ -1881,8 +1878,8 @@ def load_policy(folder: Path, cfg: Config, problems, known: dict):
             if isinstance(p, DTensor) and x.ndim:
                 x = distribute_tensor(x, p.device_mesh, p.placements)
             policy.optimizer.state[p][key] = x.to(p.device)
-    policy.schedule.load_state_dict(state["schedule"])
-    policy.scaler.load_state_dict(state["scaler"])
+    for part in ("schedule", "scaler"):
+        getattr(policy, part).load_state_dict(state[part])
     for group in policy.optimizer.param_groups:  # the schedule sets it only after a step
         group["lr"] = policy.learning_rate()
     return policy, state
@@ -1981,7 +1978,7 @@ class Run:
         with explain(f"cannot write in --out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.out)
-            write_json(self.out / "config.json", dataclasses.asdict(self.cfg) | {"resume": None})
+            write_json(self.out / "config.json", vars(self.cfg) | {"resume": None})
             for path in (self.out / name for name in LOGS):
                 path.touch()
                 size, known = path.stat().st_size, sizes.get(path.name, 0)
@@ -2001,7 +1998,7 @@ class Run:
         h, step = metrics["entropy"], metrics["step"]
         one_answer_or_noise = not 1e-3 < h < 0.97 * math.log(self.policy.n_embeddings)
         if not math.isfinite(h) or self.before > metrics["accuracy"] == 0 and one_answer_or_noise:
-            self.give_up(f"an entropy of {h:.3g} nats")
+            self.give_up(f"an update has broken the model: an entropy of {h:.3g} nats")
         logged = [{
             "step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
             "response": s.text, "gold": s.gold, "reward": s.reward, "advantage": s.advantage,
@@ -2027,13 +2024,12 @@ class Run:
 
     def give_up(self, symptom: str):
         last = f"; the checkpoint of step {self.step} is good" if self.step else ""
-        raise Broken(f"an update has broken the model: {symptom}{last}. Start again with a lower "
-                     "--lr")
+        raise Broken(f"{symptom}{last}. Start again with a lower --lr or --temperature")
 
     def save(self, step: int, samples):
         """Write a checkpoint unless the model has just broken: Broken, or UserError, is raised."""
         if any(all_gather([self.policy.has_forgotten(samples)])):
-            self.give_up("its own samples are unlikely now")
+            self.give_up("an update has broken the model: its own samples are unlikely now")
         state = {"step": step, "before": self.before, "position": self.stream.position,
                  "sizes": {name: (self.out / name).stat().st_size for name in LOGS}}
         new, free = self.out / "checkpoint.tmp", shutil.disk_usage(self.out).free >> 20
@@ -2081,9 +2077,8 @@ class Run:
         if rank() == 0:
             os.close(self.lock)
         if self.policy.skipped >= MAX_SKIPPED:
-            raise Broken(f"{self.policy.skipped} optimiser steps in a row had a gradient that is "
-                         "not finite, and were left out; lower --lr or --temperature. The "
-                         f"checkpoint of step {self.step} is good")
+            self.give_up(f"{self.policy.skipped} optimiser steps in a row were left out, since "
+                         "their gradient is not finite")
         if self.signal and self.step < self.cfg.steps:
             say(f"stopped after step {self.step}; to go on type python aspo.py --resume "
                 f"{self.out}")
@@ -2123,9 +2118,9 @@ def warnings_for(metrics: dict, cfg: Config) -> dict[str, bool]:
 
 def announce(run: Run, problems):
     """What is about to happen, with one problem as the model sees it: most faults show there."""
-    cfg, policy, where = run.cfg, run.policy, run.policy.device.type
-    if where == "cuda":
-        where = torch.cuda.get_device_name(policy.device)
+    cfg, policy = run.cfg, run.policy
+    cuda = policy.device.type == "cuda"
+    where = torch.cuda.get_device_name(policy.device) if cuda else policy.device.type
     n_minibatches = cfg.prompts // cfg.minibatch
     n_tokens = cfg.prompts * cfg.group_size * cfg.max_new_tokens
     say(f"model    {cfg.model}: {type(policy.model).__name__}, "
@@ -2160,8 +2155,7 @@ def open_run(cfg: Config, reward: Callable | None = None) -> Run:
         run = Run(cfg, Path(cfg.out), policy, reward, stream, heldout,
                   step=state["step"], before=state["before"])
         if run.step >= cfg.steps:
-            raise UserError(f"{run.out} is complete after {run.step} steps; type --steps with a "
-                            "larger number to go on")
+            raise UserError(f"{run.out} is complete; type more --steps than {run.step} to go on")
         on_first(run.claim, state["sizes"])
         announce(run, problems)
         if cfg.resume:
@@ -2218,7 +2212,7 @@ def check(cfg: Config):
 
 def difference(saved: dict, cfg: Config) -> str | None:
     """A setting that would alter a run that is resumed."""
-    for name, value in dataclasses.asdict(cfg).items():
+    for name, value in vars(cfg).items():
         if name not in MAY_CHANGE and saved.get(name) != value:
             return f"--{name} is {saved.get(name)}, not {value}"
 
