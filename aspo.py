@@ -1531,11 +1531,11 @@ class Policy:
     def encode(self, problem: dict) -> list[int]:
         """A problem's prompt as token ids."""
         text = f"{problem['problem']}\n{self.cfg.instruction}".strip()
-        messages = problem["messages"] or [{"role": "user", "content": text}]  # a chat has its own
         if self.tokenizer.chat_template:
             with explain(f"the chat template fails on the problem {problem['problem'][:60]!r}"):
                 return self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=True,
+                    problem["messages"] or [{"role": "user", "content": text}],
+                    add_generation_prompt=True, return_dict=True,
                     enable_thinking=self.cfg.thinking).input_ids
         ids = self.tokenizer(f"Question: {text}\nAnswer:").input_ids
         while ids and ids[-1] in self.eos_ids:  # some tokenizers end every text
@@ -1583,11 +1583,11 @@ class Policy:
             self.sampler = copy.deepcopy(self.model)
             weights_in(self.dtype, self.sampler).to(self.device)
         shard(self.model, self.device, self.dtype)
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in learned if p.ndim > 1]},
-                  {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}]
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=self.cfg.lr, weight_decay=self.cfg.weight_decay, fused=True)
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.cfg.lr, weight_decay=self.cfg.weight_decay, fused=True)
         warmup = max(1, self.cfg.lr_warmup)
         self.schedule = torch.optim.lr_scheduler.LinearLR(
             self.optimizer, 1 / warmup, total_iters=warmup - 1)
