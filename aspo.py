@@ -1429,7 +1429,7 @@ def not_fast(policy: "Policy") -> str | None:
 @torch.no_grad()
 def probe(policy: "Policy", engine: Engine) -> str | None:
     """What an engine gets wrong on sequences of several lengths; None if it is right."""
-    policy.engine, policy.decoder, model = engine, None, policy.model
+    policy.engine, model = engine, policy.model
     # Beyond every window that texts exceed: some layers take padding for text there.
     longest = min(70 + max(exceeded(policy).values(), default=0),
                   policy.context - policy.max_new_tokens)
@@ -1438,20 +1438,18 @@ def probe(policy: "Policy", engine: Engine) -> str | None:
                for n in (2, max(2, longest - 40), longest)]
     try:
         model.set_attn_implementation("packed" if engine is FAST else policy.own_attention)
-        drawn = engine.generate(policy, prompts)
-        samples = [Sample("", "", p, tokens) for p, (tokens, _, _) in zip(prompts, drawn)]
-        logp, _, mask = engine.token_logp(policy, model, samples)
+        responses, sampled, _ = zip(*engine.generate(policy, prompts))
+        samples = [Sample("", "", *pair) for pair in zip(prompts, responses)]
+        trained, _, mask = engine.token_logp(policy, model, samples)
     except Exception as error:  # whatever an unusual architecture makes of our masks and cache
         return ("it wants another cache or attention "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:120]})")
     finally:
         model.set_attn_implementation(policy.own_attention)
-    gaps = torch.zeros(2)
-    for s, row, where, (_, sampled, _) in zip(samples, logp, mask, drawn):
-        ids = torch.tensor([s.prompt + s.response])
-        own = model(input_ids=ids, use_cache=False).logits[0, len(s.prompt) - 1:-1]
-        own, _ = logp_and_entropy(own, ids[0, len(s.prompt):], 1.0)
-        gaps = gaps.maximum((torch.stack([sampled, row[where]]) - own).abs().amax(-1))
+        policy.decoder = None
+    own = [plain_logp(policy, model, [s])[0][0] for s in samples]
+    found = torch.stack([torch.cat(sampled), trained[mask]])
+    gaps = (found - torch.cat(own)).abs().amax(-1)
     if not (gaps < 1e-3).all():  # NaN as well
         return (f"log-probabilities are off by {gaps[0]:.2g} in sampling and {gaps[1]:.2g} in "
                 "training")
@@ -1481,15 +1479,22 @@ def choose_engine(policy: "Policy"):
 class Policy:
     """What part one calls `policy`. Raises UserError where a model or a prompt cannot be used.
 
-    learning: False for evaluation, which needs the sampler alone.
+    learning: False for evaluation, which needs the sampler alone. Below, prompts are lists of
+    token ids, and samples lists of Sample.
     """
 
-    def __init__(self, model, tokenizer, cfg: Config, problems: list[dict], learning: bool = True):
+    decoder = reference = None
+    skipped = 0  # optimiser steps in a row
+    top_p = 1.0
+    # While an engine is chosen:
+    dtype, temperature, max_new_tokens, stop_ids = torch.float32, 1.0, 12, ()
+
+    def __init__(self, model, tokenizer, cfg: Config, problems: list[dict], learning=True):
         self.cfg, self.tokenizer, self.device = cfg, tokenizer, find_device(cfg.device)
         # Never train(): dropout, router jitter and their like would make ratios differ from 1
         # before the first update.
-        self.model, self.sampler, self.reference = model.eval(), model, None
-        self.sample_rows, self.micro_tokens, self.skipped = cfg.sample_rows, cfg.micro_tokens, 0
+        self.model = self.sampler = model.eval()
+        self.sample_rows, self.micro_tokens = cfg.sample_rows, cfg.micro_tokens
         self.own_attention = model.config._attn_implementation
         model.packed_logp = types.MethodType(packed_logp, model)
         self.n_embeddings, self.context = len(model.get_input_embeddings().weight), context(model)
@@ -1497,14 +1502,12 @@ class Policy:
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None or pad >= self.n_embeddings else pad
         prompts = self.check_prompts(problems)
-        self.prompts_digest = digest(prompts)
+        self.known = {"its tokenizer or chat template": digest(prompts)}
         self.longest = max(map(len, prompts)) + cfg.max_new_tokens
 
-        self.dtype, self.temperature, self.top_p = torch.float32, 1.0, 1.0
-        self.max_new_tokens, self.stop_ids = 12, []  # for the probe
         choose_engine(self)
-        self.temperature, self.decoder = cfg.temperature, None
-        self.max_new_tokens, self.stop_ids = cfg.max_new_tokens, self.eos_ids
+        self.temperature, self.stop_ids = cfg.temperature, self.eos_ids
+        self.max_new_tokens = cfg.max_new_tokens
         if self.device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             self.dtype = torch.bfloat16 if bf16 else torch.float16
@@ -1513,19 +1516,18 @@ class Policy:
     def encode(self, problem: dict) -> list[int]:
         """A problem's prompt as token ids."""
         text = f"{problem['problem']}\n{self.cfg.instruction}".strip()
-        messages = problem["messages"] or [{"role": "user", "content": text}]  # a chat has its own
         if self.tokenizer.chat_template:
             with explain(f"the chat template fails on the problem {problem['problem'][:60]!r}"):
-                text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True,
-                    enable_thinking=self.cfg.thinking)
-            return self.tokenizer(text, add_special_tokens=False).input_ids  # the template's are in
+                return self.tokenizer.apply_chat_template(
+                    problem["messages"] or [{"role": "user", "content": text}],
+                    add_generation_prompt=True, return_dict=True,
+                    enable_thinking=self.cfg.thinking).input_ids
         ids = self.tokenizer(f"Question: {text}\nAnswer:").input_ids
         while ids and ids[-1] in self.eos_ids:  # some tokenizers end every text
             ids.pop()
         return ids
 
-    def check_prompts(self, problems: list[dict]) -> list[list[int]]:
+    def check_prompts(self, problems: list[dict]):
         """All prompts; raises UserError where one is too long or cannot be read."""
         prompts, limit = [], self.cfg.max_new_tokens
         for problem in progress(problems, "prompts"):
@@ -1547,31 +1549,33 @@ class Policy:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def pad(self, rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
-        """Token ids (B, W), padded on one side, and the attention mask (B, W), 0 at padding."""
+    def pad(self, rows, side="right"):
+        """Lists of token ids -> ids (B, W), and the attention mask (B, W), 0 at padding."""
         rows = [torch.tensor(row, device=self.sampler.device) for row in rows]
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
         return pad_sequence(rows, True, self.pad_id, side), mask
 
-    def place(self, learning: bool):
+    def place(self, learning):
         """Weights to the device, a copy for sampling where that pays, and the optimizer."""
         if not learning:
-            self.sampler = weights_in(self.dtype, self.model).to(self.device)
+            weights_in(self.dtype, self.model).to(self.device)
             return
         if self.cfg.gradient_checkpointing:
             recompute_layers(self.model)
         if self.dtype != torch.float32 or world() > 1:
             # Half precision: half the bytes to read per token. And FSDP would gather every layer
             # for every token.
-            self.sampler = weights_in(self.dtype, copy.deepcopy(self.model)).to(self.device)
+            self.sampler = copy.deepcopy(self.model)
+            weights_in(self.dtype, self.sampler).to(self.device)
         shard(self.model, self.device, self.dtype)
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in learned if p.ndim > 1]},
-                  {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}]
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=self.cfg.lr, weight_decay=self.cfg.weight_decay, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda done: min(1.0, (done + 1) / max(1, self.cfg.lr_warmup)))
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.cfg.lr, weight_decay=self.cfg.weight_decay, fused=True)
+        warmup = max(1, self.cfg.lr_warmup)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1 / warmup, total_iters=warmup - 1)
         self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
 
     def add_reference(self, model):
@@ -1605,7 +1609,7 @@ class Policy:
             torch.cuda.empty_cache()
             tqdm.write(f"out of memory: --{limit} is {getattr(self, limit)} from here on")
 
-    def generate(self, prompts: list[list[int]]) -> list[tuple]:
+    def generate(self, prompts):
         """A response to each prompt: its tokens, their log-probabilities, the mean entropy."""
         responses = []
         with progress(prompts, "sampling") as bar:
@@ -1618,22 +1622,23 @@ class Policy:
     @torch.no_grad()
     def refresh_sampler(self):
         """Copy what was learned into the sampler, in place: graphs know the addresses."""
-        if self.sampler is not self.model:
-            for copied, master in zip(self.sampler.parameters(), self.model.parameters()):
-                copied.copy_(whole(master))
+        for copied, master in zip(self.sampler.parameters(), self.model.parameters()):
+            copied.copy_(whole(master))
 
-    def micro_batches(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Within micro_tokens. FSDP wants as many on every process: some hold nothing."""
+    def micro_batches(self, samples):
+        """Lists of samples. FSDP wants as many on every process: some hold nothing."""
         batches = self.engine.micro_batches(samples, self.micro_tokens)
-        nothing = Sample("", "", [0, 0], old_logp=torch.zeros(0), sampler_logp=torch.zeros(0))
-        return batches + [[nothing]] * (max(all_gather([len(batches)])) - len(batches))
+        missing = max(all_gather([len(batches)])) - len(batches)
+        no_tokens = torch.zeros(0)
+        nothing = Sample("", "", [0, 0], old_logp=no_tokens, sampler_logp=no_tokens)
+        return batches + [[nothing]] * missing
 
-    def token_logp(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    def token_logp(self, samples):
         """Log-probability, entropy and mask of the response tokens, (B, T); 0 outside the mask."""
         return self.engine.token_logp(self, self.model, samples)
 
     @torch.no_grad()
-    def reference_logp(self, samples: list[Sample]) -> Tensor:
+    def reference_logp(self, samples):
         """Log-probabilities (B, T) by the initial model."""
         return self.engine.token_logp(self, self.reference, samples)[0]
 
@@ -1657,7 +1662,7 @@ class Policy:
         return self.schedule.get_last_lr()[0]
 
     @torch.no_grad()
-    def has_forgotten(self, samples: list[Sample]) -> bool:
+    def has_forgotten(self, samples) -> bool:
         """Whether an update has left next to nothing of the policy that drew these samples."""
         micro = self.micro_batches(samples)[0]
         logp, _, mask = self.token_logp(micro)
@@ -1669,14 +1674,14 @@ def recompute_layers(model):
     """Gradient checkpointing in eval mode: transformers' own wants train mode, and its noise."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"--gradient_checkpointing: a {type(model).__name__} has no layers made "
-                        "for it; leave it out, and lower --micro_tokens")
+        raise UserError(f"no --gradient_checkpointing for a {type(model).__name__}; leave it out, "
+                        "and lower --micro_tokens")
     for layer in layers:
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def weights_in(dtype: torch.dtype, model):
+def weights_in(dtype, model):
     """The model with parameters of this type. Not model.to(dtype): it rounds buffers too, and a
     rotary frequency in bf16 points somewhere else after a few hundred tokens."""
     for p in model.parameters():
@@ -1717,13 +1722,13 @@ def all_sum(x: float) -> float:
 
 def on_first(work, *args):
     """Let the first process alone do it, and raise its error in all of them."""
-    error = None
+    errors = []
     try:
         if rank() == 0:
             work(*args)
-    except Exception as reason:
-        error = reason
-    if error := all_gather([error])[0]:
+    except Exception as error:
+        errors.append(error)
+    for error in all_gather(errors):
         raise error
 
 
@@ -1732,7 +1737,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(model, device: torch.device, dtype: torch.dtype):
+def shard(model, device, dtype):
     """Move a model to the device: of several processes, each its part of one layer after another,
     so that none ever holds all of it."""
     if world() == 1:
@@ -1740,9 +1745,8 @@ def shard(model, device: torch.device, dtype: torch.dtype):
         return
     from torch.distributed import fsdp
 
-    half = None if dtype == torch.float32 else dtype
     options = dict(mesh=dist.init_device_mesh(device.type, (world(),)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(half, torch.float32),
+                   mp_policy=fsdp.MixedPrecisionPolicy(dtype, torch.float32),
                    reshard_after_forward=True)  # of the root as well, which may be saved next
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
@@ -1751,7 +1755,7 @@ def shard(model, device: torch.device, dtype: torch.dtype):
     fsdp.register_fsdp_forward_method(model, "packed_logp")  # gathers weights as for forward()
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str):
     """This process's device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1791,11 +1795,15 @@ def progress(items, what: str) -> tqdm:
 # flushed, then renamed: at every instant `checkpoint` or the newest `checkpoint-<step>` is whole.
 # Touch it to keep more than two.
 
+FRESH = {"step": 0, "before": 0.0, "position": 0, "sizes": {}}  # the trainer's state at first
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The newest first."""
-    older = [f for f in out.glob("checkpoint-*") if re.fullmatch("[0-9]+", f.name[11:])]
+    older = [f for f in out.glob("checkpoint-*")
+             if f.name[11:].isdecimal()]
     older.sort(key=lambda f: -int(f.name[11:]))
-    return [f for f in [out / "checkpoint", *older] if f.exists()]
+    return [f for f in (out / "checkpoint", *older) if f.exists()]
 
 
 def remove(path: Path):
@@ -1818,12 +1826,15 @@ def save_policy(policy: Policy, folder: Path, state: dict):
     """Write a checkpoint into a new folder, by all processes together. Raises UserError."""
     model, moments = policy.model, policy.optimizer.state
     # named_parameters() has one name of tied weights: gathered, they would no longer look tied.
-    named = [*model.named_parameters(), *model.named_buffers()]
-    names = model.state_dict().keys()
-    weights = {name: whole(x.detach()).cpu() for name, x in named if name in names}
-    state["optimizer"] = {name: {key: whole(x).cpu() for key, x in moments[p].items()}
-                          for name, p in named if p in moments}
-    state |= {name: getattr(policy, name).state_dict() for name in ("schedule", "scaler")}
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    weights = {name: whole(x).cpu()
+               for name, x in model.state_dict().items() if name in named}
+    state |= {"config": vars(policy.cfg), "known": policy.known}
+    state |= {part: getattr(policy, part).state_dict() for part in ("schedule", "scaler")}
+    state["optimizer"] = {
+        name: {key: whole(x).cpu()
+               for key, x in moments[p].items()}
+        for name, p in named.items() if p in moments}
 
     def write():
         remove(folder)
@@ -1837,16 +1848,14 @@ def save_policy(policy: Policy, folder: Path, state: dict):
     on_first(write)
 
 
-def load_policy(folder: Path, cfg: Config, problems: list[dict], known: dict):
+def load_policy(folder: Path, cfg: Config, problems, known: dict):
     """(policy, trainer's state) of a checkpoint; raises whatever is wrong with it."""
     state = torch.load(folder / "trainer.pt", "cpu", weights_only=True)
-    if changed := differences(state["config"], cfg):
-        raise ValueError(f"it belongs to another run: its --{changed[0]} is "
-                         f"{state['config'].get(changed[0])}")
+    if changed := difference(state["config"], cfg):
+        raise ValueError(f"it belongs to another run: its {changed}")
     model, tokenizer = load_model(dataclasses.replace(cfg, model=str(folder)))
     policy = Policy(model, tokenizer, cfg, problems)
-    known = known | {"its tokenizer or chat template": policy.prompts_digest}
-    for what, value in known.items():
+    for what, value in (known | policy.known).items():
         if state["known"][what] != value:
             raise ValueError(f"{what} has changed since")
     for name, p in policy.model.named_parameters():
@@ -1854,19 +1863,19 @@ def load_policy(folder: Path, cfg: Config, problems: list[dict], known: dict):
             if isinstance(p, DTensor) and x.ndim:
                 x = distribute_tensor(x, p.device_mesh, p.placements)
             policy.optimizer.state[p][key] = x.to(p.device)
-    for name in ("schedule", "scaler"):
-        getattr(policy, name).load_state_dict(state[name])
+    for part in ("schedule", "scaler"):
+        getattr(policy, part).load_state_dict(state[part])
     for group in policy.optimizer.param_groups:  # the schedule sets it only after a step
         group["lr"] = policy.learning_rate()
     return policy, state
 
 
-def open_policy(cfg: Config, problems: list[dict], reward: Callable):
-    """(policy, what a checkpoint must agree with, the trainer's state of the newest whole one).
+def open_policy(cfg: Config, problems, reward):
+    """The policy and the trainer's state, of the newest checkpoint that is whole, or new ones.
 
     Raises UserError rather than begin anew over what may still be saved.
     """
-    folders, failures, policy, state = checkpoints(Path(cfg.out)), [], None, None
+    folders, failures = checkpoints(Path(cfg.out)), []
     known = {f"--data {cfg.data}": digest(problems), "the reward": reward.__name__}
     if cfg.kl_coef or not folders:
         model, tokenizer = load_model(cfg)
@@ -1877,9 +1886,8 @@ def open_policy(cfg: Config, problems: list[dict], reward: Callable):
             dist.broadcast(p.data, 0)  # a warm-up need not be the same everywhere
     if cfg.kl_coef:
         reference = copy.deepcopy(model)
-        known[f"--model {cfg.model}"] = digest(*(p.flatten()[:1000] for p in model.parameters()))
-    if not folders:
-        policy = Policy(model, tokenizer, cfg, problems)
+        starts = [p.flatten()[:1000] for p in model.parameters()]
+        known[f"--model {cfg.model}"] = digest(*starts)
     for folder in folders:
         try:
             with explain("trainer.pt"):
@@ -1887,13 +1895,16 @@ def open_policy(cfg: Config, problems: list[dict], reward: Callable):
             break
         except UserError as error:
             failures.append(f"cannot go on from {folder}: {error}")
-    if policy is None:
-        raise UserError("; ".join(failures))
+    else:
+        if failures:
+            raise UserError("; ".join(failures))
+        policy, state = Policy(model, tokenizer, cfg, problems), dict(FRESH)
+    policy.known |= known
     if failures:
         say(f"warning: {'; '.join(failures)}; going on from step {state['step']}")
     if cfg.kl_coef:
         policy.add_reference(reference)
-    return policy, known | {"its tokenizer or chat template": policy.prompts_digest}, state
+    return policy, state
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -1928,8 +1939,8 @@ def append(path: Path, rows: list[dict]):
     """Add lines to a JSON Lines file; a number that is not finite becomes null."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            infinite = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
-            file.write(json.dumps(row | dict.fromkeys(infinite)) + "\n")
+            row = json.loads(json.dumps(row), parse_constant=lambda name: None)
+            file.write(json.dumps(row) + "\n")
 
 
 @dataclass
@@ -1939,33 +1950,32 @@ class Run:
     cfg: Config
     out: Path
     policy: Policy
-    reward: Callable[[str, dict], float]
+    reward: Callable
     stream: Stream
     heldout: list[dict]
-    known: dict  # what a checkpoint must agree with
-    step: int = 0  # of the last checkpoint
-    before: float = 0.0  # held-out accuracy before RL
+    step: int  # of the last checkpoint
+    before: float  # held-out accuracy before RL
     signal: int = 0  # that asked to stop
     said: set = field(default_factory=set)  # warnings
 
-    def claim(self, sizes: dict | None):
+    def claim(self, sizes: dict):
         """Make the folder, or go on in it with logs as long as a checkpoint knows them."""
         with explain(f"cannot write in --out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.out)
-            write_json(self.out / "config.json", dataclasses.asdict(self.cfg) | {"resume": None})
+            write_json(self.out / "config.json", vars(self.cfg) | {"resume": None})
             for path in (self.out / name for name in LOGS):
                 path.touch()
-                if sizes is None and path.stat().st_size:  # of a run without a checkpoint
-                    path.rename(f"{path}.{time.time_ns()}")
-                elif sizes and path.stat().st_size < sizes[path.name]:
+                size, known = path.stat().st_size, sizes.get(path.name, 0)
+                if size < known:
                     raise UserError(f"{path} is shorter than its checkpoint knows: put the file "
                                     "back, or start a new run from it with --model")
-                elif sizes:
-                    os.truncate(path, sizes[path.name])
-                path.touch()
+                if size and not sizes:  # of a run without a checkpoint
+                    path.rename(f"{path}.{time.time_ns()}")
+                    path.touch()
+                os.truncate(path, known)
 
-    def log(self, metrics: dict, samples: list[Sample]):
+    def log(self, metrics: dict, samples):
         """A step's line of metrics.jsonl and of the screen, and four groups for samples.jsonl.
 
         Raises Broken where the policy that sampled them is no longer one.
@@ -1973,13 +1983,13 @@ class Run:
         h, step = metrics["entropy"], metrics["step"]
         one_answer_or_noise = not 1e-3 < h < 0.97 * math.log(self.policy.n_embeddings)
         if not math.isfinite(h) or self.before > metrics["accuracy"] == 0 and one_answer_or_noise:
-            self.give_up(f"an entropy of {h:.3g} nats")
-        logged = [{"step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
-                   "response": s.text, "gold": s.gold, "reward": s.reward,
-                   "advantage": s.advantage} for s in samples[:4 * self.cfg.group_size]]
+            self.give_up(f"an update has broken the model: an entropy of {h:.3g} nats")
+        logged = [{
+            "step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
+            "response": s.text, "gold": s.gold, "reward": s.reward, "advantage": s.advantage,
+        } for s in samples[:4 * self.cfg.group_size]]
         if rank() == 0:
-            with explain(f"cannot write step {step} to {self.out}/{' and '.join(LOGS)}; the last "
-                         f"checkpoint is of step {self.step}: {self.how_to_go_on()}"):
+            with self.explain(f"cannot write step {step} to {self.out}/{' and '.join(LOGS)}"):
                 append(self.out / LOGS[0], [metrics])
                 append(self.out / LOGS[1], logged)
         if step == 1:
@@ -1987,35 +1997,31 @@ class Run:
             say(f"a response {s.text[:300]!r}\n"
                 f"with the answer {extract_answer(s.text)!r} for {s.gold!r}: reward {s.reward:g}")
         say(summary(metrics, self.cfg.steps))
-        for text in warnings_for(metrics, self.cfg):
-            if text not in self.said:
+        for text, holds in warnings_for(metrics, self.cfg).items():
+            if holds and text not in self.said:
                 self.said.add(text)
                 say(f"warning: {text}")
 
-    def how_to_go_on(self) -> str:
-        return f"python aspo.py --resume {self.out}"
+    def explain(self, what: str):
+        """Whatever goes wrong inside, also what is saved so far."""
+        return explain(f"the last checkpoint is of step {self.step}, to go on from it type python "
+                       f"aspo.py --resume {self.out}; {what}")
 
     def give_up(self, symptom: str):
         last = f"; the checkpoint of step {self.step} is good" if self.step else ""
-        raise Broken(f"an update has broken the model: {symptom}{last}. Start again with a lower "
-                     "--lr")
+        raise Broken(f"{symptom}{last}. Start again with a lower --lr or --temperature")
 
-    def save(self, step: int, samples: list[Sample]):
+    def save(self, step: int, samples):
         """Write a checkpoint unless the model has just broken: Broken, or UserError, is raised."""
         if any(all_gather([self.policy.has_forgotten(samples)])):
-            self.give_up("its own samples are unlikely now")
+            self.give_up("an update has broken the model: its own samples are unlikely now")
         state = {"step": step, "before": self.before, "position": self.stream.position,
-                 "config": dataclasses.asdict(self.cfg), "known": self.known,
                  "sizes": {name: (self.out / name).stat().st_size for name in LOGS}}
-        new = self.out / "checkpoint.tmp"
+        new, free = self.out / "checkpoint.tmp", shutil.disk_usage(self.out).free >> 20
         try:
-            with explain(f"cannot save step {step} in {new}"):
+            with self.explain(f"with {free} MiB free: cannot save step {step} in {new}"):
                 save_policy(self.policy, new, state)
                 on_first(self.rename, new)
-        except UserError as error:
-            free = shutil.disk_usage(self.out).free >> 20
-            raise UserError(f"{error} ({free} MiB are free); the last checkpoint is of step "
-                            f"{self.step}: {self.how_to_go_on()}") from None
         finally:
             if rank() == 0:
                 remove(new)
@@ -2025,10 +2031,9 @@ class Run:
         now, before = self.out / "checkpoint", self.out / f"checkpoint-{self.step}"
         for path in (*(self.out / name for name in LOGS), new):
             flush(path)
-        if before.exists():  # the run was resumed from it, because `now` is damaged
-            remove(now)
-        elif now.exists():
+        if now.exists() and not before.exists():
             now.rename(before)
+        remove(now)  # if it is still there: the run was resumed from `before`, `now` is damaged
         new.rename(now)
         flush(self.out)
         for old in checkpoints(self.out)[2:]:
@@ -2036,9 +2041,9 @@ class Run:
 
     def listen(self):
         """From here on there is something to lose: a signal lets the step finish."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # no SIGHUP on Windows
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+        # SIGHUP, which Windows has not, SIGINT and SIGTERM.
+        for number in {1, 2, 15} & signal.valid_signals():
+            if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame):
@@ -2057,11 +2062,11 @@ class Run:
         if rank() == 0:
             os.close(self.lock)
         if self.policy.skipped >= MAX_SKIPPED:
-            raise Broken(f"{self.policy.skipped} optimiser steps in a row had a gradient that is "
-                         "not finite, and were left out; lower --lr or --temperature. The "
-                         f"checkpoint of step {self.step} is good")
+            self.give_up(f"{self.policy.skipped} optimiser steps in a row were left out, since "
+                         "their gradient is not finite")
         if self.signal and self.step < self.cfg.steps:
-            say(f"stopped after step {self.step}; to go on type {self.how_to_go_on()}")
+            say(f"stopped after step {self.step}; to go on type python aspo.py --resume "
+                f"{self.out}")
             raise SystemExit(128 + self.signal)
         say(f"held-out accuracy {self.before:.3f} -> {metrics['heldout_accuracy']:.3f} "
             f"({len(self.heldout)} problems x {self.cfg.eval_samples} samples)\n"
@@ -2082,29 +2087,29 @@ def summary(m: dict, steps: int) -> str:
             f"cut off {m['truncated']:.0%}  {speed:,.0f} tokens/s{heldout}")
 
 
-def warnings_for(metrics: dict, cfg: Config) -> list[str]:
-    """What a user should know about this step."""
-    found = []
-    if metrics["truncated"] > 0.5:
-        found.append("most responses are cut off at the token limit and score 0; raise "
-                     "--max_new_tokens")
-    if metrics["accuracy"] == 0:
-        found.append("every response was wrong, so there is nothing to learn from; look at "
-                     "samples.jsonl, or start from easier problems or a better model")
-    if cfg.prompts // cfg.minibatch * cfg.epochs == 1:
-        found.append("one optimiser step per rollout: all ratios are 1, so aspo, grpo and no-is "
-                     "are the same method; raise --epochs or lower --minibatch")
-    return found
+def warnings_for(metrics: dict, cfg: Config) -> dict[str, bool]:
+    """What a user should know about a step, and whether it holds for this one."""
+    return {
+        "most responses are cut off at the token limit and score 0; raise --max_new_tokens":
+            metrics["truncated"] > 0.5,
+        "every response was wrong, so there is nothing to learn from; look at samples.jsonl, or "
+        "start from easier problems or a better model":
+            metrics["accuracy"] == 0,
+        "one optimiser step per rollout: all ratios are 1, so aspo, grpo and no-is are the same "
+        "method; raise --epochs or lower --minibatch":
+            cfg.prompts // cfg.minibatch * cfg.epochs == 1,
+    }
 
 
-def announce(run: Run, problems: list[dict]):
+def announce(run: Run, problems):
     """What is about to happen, with one problem as the model sees it: most faults show there."""
-    cfg, policy, n_minibatches = run.cfg, run.policy, run.cfg.prompts // run.cfg.minibatch
+    cfg, policy = run.cfg, run.policy
     cuda = policy.device.type == "cuda"
     where = torch.cuda.get_device_name(policy.device) if cuda else policy.device.type
+    n_minibatches = cfg.prompts // cfg.minibatch
     n_tokens = cfg.prompts * cfg.group_size * cfg.max_new_tokens
     say(f"model    {cfg.model}: {type(policy.model).__name__}, "
-        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, on "
+        f"{policy.model.num_parameters() / 1e6:.1f} M parameters, on "
         f"{f'{world()} x ' * (world() > 1)}{where}, {str(policy.dtype)[6:]}, engine "
         f"{policy.engine.name}\n"
         f"data     {cfg.data}: {len(problems):,} problems to train on, {len(run.heldout)} held out"
@@ -2129,19 +2134,17 @@ def open_run(cfg: Config, reward: Callable | None = None) -> Run:
         seed_step(cfg, -1)
         reward = open_reward(cfg, reward)
         problems, heldout = load_problems(cfg)
-        policy, known, state = open_policy(cfg, problems + heldout, reward)
+        policy, state = open_policy(cfg, problems + heldout, reward)
         stream = Stream(problems, cfg.seed)
-        run = Run(cfg, Path(cfg.out), policy, reward, stream, heldout, known)
-        if state:
-            run.step, run.before = state["step"], state["before"]
-            stream.position = state["position"]
-            if run.step >= cfg.steps:
-                raise UserError(f"{run.out} is complete after {run.step} steps; type --steps with "
-                                "a larger number to go on")
-        on_first(run.claim, state and state["sizes"])
+        stream.position = state["position"]
+        run = Run(cfg, Path(cfg.out), policy, reward, stream, heldout,
+                  step=state["step"], before=state["before"])
+        if run.step >= cfg.steps:
+            raise UserError(f"{run.out} is complete; type more --steps than {run.step} to go on")
+        on_first(run.claim, state["sizes"])
         announce(run, problems)
         if cfg.resume:
-            say(f"resumed after step {run.step}" if state else
+            say(f"resumed after step {run.step}" if run.step else
                 f"{run.out} has no checkpoint: it begins at step 1")
         run.listen()
     return run
@@ -2170,12 +2173,13 @@ def check(cfg: Config):
     """Raise UserError for values that cannot work."""
     for knob in dataclasses.fields(cfg):
         name, value, kind = knob.name, getattr(cfg, knob.name), kind_of(knob)
+        least = LEAST.get(name, 0)
         if value is None and knob.default is None:
             continue
         if not isinstance(value, (int, float) if kind is float else kind):
             raise UserError(f"--{name} must be of type {kind.__name__}, got {value!r}")
-        if kind in (int, float) and not LEAST.get(name, 0) <= value < math.inf:
-            raise UserError(f"--{name} must be at least {LEAST.get(name, 0)}, got {value}")
+        if kind in (int, float) and not least <= value < math.inf:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
         if value not in CHOICES.get(name, (value,)):
             raise UserError(f"unknown --{name} {value!r}; choose from {', '.join(CHOICES[name])}")
     if cfg.prompts % cfg.minibatch or cfg.minibatch % world():
@@ -2191,10 +2195,11 @@ def check(cfg: Config):
                         "it, or --out with a new name")
 
 
-def differences(saved: dict, cfg: Config) -> list[str]:
-    """Settings that would alter a run that is resumed."""
-    return [name for name, value in dataclasses.asdict(cfg).items()
-            if name not in MAY_CHANGE and saved.get(name) != value]
+def difference(saved: dict, cfg: Config) -> str | None:
+    """A setting that would alter a run that is resumed."""
+    for name, value in vars(cfg).items():
+        if name not in MAY_CHANGE and saved.get(name) != value:
+            return f"--{name} is {saved.get(name)}, not {value}"
 
 
 def read_config(folder: str) -> dict:
@@ -2219,9 +2224,11 @@ def parse(argv: list[str] | None = None) -> Config:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(Config), re.M))
     for knob in dataclasses.fields(Config):
         kind = kind_of(knob)
-        options = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
-        parser.add_argument(f"--{knob.name}", metavar=kind.__name__, **options, help=(
-            f"{comments[knob.name]} ({knob.default})".replace("%", "%%")))
+        options = dict(type=kind)
+        if kind is bool:
+            options = dict(type=boolean, nargs="?", const=True)
+        text = f"{comments[knob.name]} ({knob.default})".replace("%", "%%")
+        parser.add_argument(f"--{knob.name}", metavar=kind.__name__, help=text, **options)
 
     def refuse(message: str):
         raise UserError(f"{message}; see python aspo.py --help")
@@ -2229,12 +2236,12 @@ def parse(argv: list[str] | None = None) -> Config:
     parser.error = refuse
     typed = vars(parser.parse_args(argv))
     if "resume" not in typed:
-        return Config(**PRESETS.get(typed.get("model", "tiny"), (None, {}))[1] | typed)
+        _, preset = PRESETS.get(typed.get("model", "tiny"), (None, {}))
+        return Config(**preset | typed)
     saved = read_config(typed["resume"])
     cfg = Config(**saved | typed | {"out": typed["resume"]})
-    if changed := differences(saved, cfg):
-        raise UserError(f"--{changed[0]} {getattr(cfg, changed[0])} would alter the run in "
-                        f"{cfg.out}, which has {saved.get(changed[0])}; leave it out")
+    if changed := difference(saved, cfg):
+        raise UserError(f"this would alter the run in {cfg.out}: {changed}; leave it out")
     return cfg
 
 
