@@ -680,8 +680,8 @@ import resource
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (150 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 """
-    flags = ("--steps 1 --sft_steps 20 --prompts 32 --group_size 16 --minibatch 32 --max_new_tokens 100 --eval_problems 8 "
-             "--overlong_buffer 99 --sample_rows 512 --micro_tokens 100000").split()
+    flags = ("--steps 1 --sft_steps 20 --prompts 32 --group_size 16 --minibatch 32 --max_new_tokens 100 "
+             "--eval_problems 8 --overlong_buffer 99 --sample_rows 512 --micro_tokens 100000").split()
     process = run_script("--out", tmp_path / "run", *flags, before=limit)
     assert "out of memory: --micro_tokens is " in process.out and process.err == ""
     assert lines(tmp_path / "run")[0]["grad_norm"] > 0
