@@ -606,7 +606,6 @@ ERRORS = {"CUDA": torch.OutOfMemoryError("CUDA out of memory"), "Python": Memory
 @pytest.mark.parametrize("engine, name", [("fast", "CUDA"), ("plain", "cuBLAS"), ("fast", "Python"), ("fast", "CPU"),
                                           ("fast", "Windows")])
 def test_out_of_memory_in_an_update_halves_the_micro_batch(engine, name, tiny, monkeypatch, capsys):
-    """Also where it strikes between the micro-batches of one gradient."""
     model, tokenizer = tiny
     start, results, seen = {key: p.clone() for key, p in model.state_dict().items()}, [], []
 
@@ -631,6 +630,28 @@ def test_out_of_memory_in_an_update_halves_the_micro_batch(engine, name, tiny, m
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     halvings = round(math.log2(100 / policy.micro_tokens) + 0.4)
     assert capsys.readouterr().out.count("out of memory") == halvings  # each said once
+
+
+def test_a_gradient_that_was_half_done_is_begun_anew(tiny, monkeypatch):
+    """Memory runs out behind the backward pass of a first micro-batch."""
+    model, tokenizer = tiny
+    start, real, results, passes = {key: p.clone() for key, p in model.state_dict().items()}, Policy.token_logp, [], []
+
+    def limited(policy, samples):
+        passes.append(1) if torch.is_grad_enabled() else None
+        if fails and len(passes) == 2:
+            raise ERRORS["CUDA"]
+        return real(policy, samples)
+
+    monkeypatch.setattr(Policy, "token_logp", limited)
+    for fails in (False, True):
+        model.load_state_dict(start)
+        passes.clear()
+        policy = make_policy(tiny, micro_tokens=30)
+        aspo.update(policy, rollout(tokenizer), policy.cfg)
+        results.append(weights(policy))
+    assert policy.micro_tokens < 30 and len(passes) > 4
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_out_of_memory_in_an_update_that_nothing_can_help(tiny, monkeypatch):
@@ -680,8 +701,8 @@ import resource
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (150 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 """
-    flags = ("--steps 1 --sft_steps 20 --prompts 32 --group_size 16 --minibatch 32 --max_new_tokens 100 --eval_problems 8 "
-             "--overlong_buffer 99 --sample_rows 512 --micro_tokens 100000").split()
+    flags = ("--steps 1 --sft_steps 20 --prompts 32 --group_size 16 --minibatch 32 --max_new_tokens 100 "
+             "--eval_problems 8 --overlong_buffer 99 --sample_rows 512 --micro_tokens 100000").split()
     process = run_script("--out", tmp_path / "run", *flags, before=limit)
     assert "out of memory: --micro_tokens is " in process.out and process.err == ""
     assert lines(tmp_path / "run")[0]["grad_norm"] > 0

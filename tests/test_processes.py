@@ -165,13 +165,19 @@ def test_a_disk_that_fails_is_said_by_every_process(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
 def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen([*TORCHRUN, "2", str(ROOT / "aspo.py"), "--steps", "5000", "--out", str(run), *FLAGS],
+    flags = ["--steps", "5000", "--out", str(run), *FLAGS, "--save_every", "10"]
+    process = subprocess.Popen([*TORCHRUN, "2", str(ROOT / "aspo.py"), *flags],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
-    while not (run / "checkpoint").exists():
+    while not run.exists():
         assert process.poll() is None
         time.sleep(0.05)
     workers = [p for p in Path("/proc").glob("[0-9]*") if str(run) in (p / "cmdline").read_text()]
-    os.kill(next(int(p.name) for p in workers if "\0RANK=1\0" in (p / "environ").read_text()), signal.SIGKILL)
+    second = next(int(p.name) for p in workers if "\0RANK=1\0" in (p / "environ").read_text())
+    while not (run / "checkpoint").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.1)  # the save is over, the next one far
+    os.kill(second, signal.SIGKILL)
     error = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and "process 0 lost contact" in error and "--resume" in error
     assert torch.load(run / "checkpoint" / "trainer.pt", weights_only=True)["step"] > 0
