@@ -17,10 +17,11 @@ SIZES = dict(
     max_position_embeddings=256, num_local_experts=4, num_experts=4, n_routed_experts=4, num_experts_per_tok=2,
     n_group=1, topk_group=1, n_shared_experts=1, moe_shared_expert_intermediate_size=24, q_lora_rank=16,
     kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, linear_num_key_heads=2,
-    linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, state_size=8, ssm_state_size=8, n_groups=1,
-    num_heads=4, chunk_size=16, expand=1, mamba_num_heads=4, mamba_head_dim=8, mamba_d_ssm=32, mamba_n_heads=4,
-    mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=16, mamba_expand=1, vocab_size_per_layer_input=40,
-    hidden_size_per_layer_input=8, attention_hidden_size=32, pad_token_id=0, bos_token_id=2, eos_token_id=1)
+    linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, state_size=8, ssm_state_size=8,
+    n_groups=1, num_heads=4, chunk_size=16, expand=1, mamba_num_heads=4, mamba_head_dim=8, mamba_d_ssm=32,
+    mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=16, mamba_expand=1,
+    vocab_size_per_layer_input=40, hidden_size_per_layer_input=8, attention_hidden_size=32, pad_token_id=0,
+    bos_token_id=2, eos_token_id=1)
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8)
 LINEAR = dict(layer_types=["linear_attention", "full_attention"])
 KINDS = {  # config class: what makes the kind show what is special about it
@@ -141,15 +142,17 @@ def run(tmp_path, monkeypatch):
     """A run of one step: (exit status of main, its folder). Of each group's rewards one is lower."""
     monkeypatch.setattr(aspo.Run, "listen", lambda self: None)  # the test runner keeps its own signal handlers
     (tmp_path / "reward.py").write_text(
-        "import itertools\ncount = itertools.count()\n\ndef alternate(response, row):\n    return next(count) % 2 - 1\n")
+        "import itertools\ncount = itertools.count()\n\n"
+        "def alternate(response, row):\n    return next(count) % 2 - 1\n")
 
     def main(folder, *flags, lengths=(3, 4, 5, 6, 7, 60)):
         data, out = tmp_path / "data.jsonl", tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         data.write_text("\n".join(json.dumps({"problem": p["problem"], "answer": "1"}) for p in problems(*lengths)))
         return aspo.main([*map(str, (
-            "--model", folder, "--data", data, "--reward", f"{tmp_path}/reward.py:alternate", "--out", out, "--steps", 1,
-            "--prompts", 2, "--minibatch", 2, "--group_size", 2, "--epochs", 1, "--max_new_tokens", 6, "--lr", 0.01,
-            "--eval_every", 0, "--eval_problems", 1, "--eval_samples", 1, "--device", "cpu", "--instruction", "")),
+            "--model", folder, "--data", data, "--reward", f"{tmp_path}/reward.py:alternate", "--out", out,
+            "--steps", 1, "--prompts", 2, "--minibatch", 2, "--group_size", 2, "--epochs", 1, "--max_new_tokens", 6,
+            "--lr", 0.01, "--eval_every", 0, "--eval_problems", 1, "--eval_samples", 1,
+            "--device", "cpu", "--instruction", "")),
             *flags]), out
     return main
 
@@ -253,7 +256,8 @@ def test_no_token_that_ends_a_response(refused, tmp_path):
 
 @pytest.mark.parametrize("template", [
     "{{ raise_exception('roles must alternate') }}",
-    "{{ messages[0]['content'] }}{% if add_generation_prompt %}{{ raise_exception('roles must alternate') }}{% endif %}",
+    "{{ messages[0]['content'] }}"
+    "{% if add_generation_prompt %}{{ raise_exception('roles must alternate') }}{% endif %}",
 ])
 def test_a_template_that_raises(template, refused, tmp_path):
     model = aspo.tiny_model()[0]
