@@ -4,6 +4,7 @@
     python tests/processes.py loop 100 torchrun    # the same, started by torchrun
 """
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -108,6 +109,7 @@ def serve():
         for part in aspo.tiny_model():
             part.save_pretrained(folder)
         aspo.load_model(aspo.Config(model=folder))
+    gc.freeze()  # or the first collection of a child copies all that it shares
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
