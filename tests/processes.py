@@ -138,7 +138,8 @@ def become(script, arguments, env, before, cwd, stdout, stderr, folder):
         path = f"{folder}/{os.getpid()}.{name[3:]}" if path == "new" else path
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
         encoding, buffering = env.get("PYTHONIOENCODING"), 1 if fd == 2 else -1
-        setattr(sys, name, open(fd, "w", buffering=buffering, closefd=False, encoding=encoding))
+        errors = "backslashreplace" if fd == 2 else "strict"  # as Python's own
+        setattr(sys, name, open(fd, "w", buffering=buffering, closefd=False, encoding=encoding, errors=errors))
     exec(before, {})
     sys.argv = [str(script), *arguments]
     del sys.modules["aspo"]

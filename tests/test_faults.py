@@ -339,10 +339,13 @@ def test_output_is_not_the_run(run, finished):
     os.close(writer)
     assert process.wait() == 0
     same(run, finished)
-    back_to_steps = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(back_to_steps | {"model": "ü\u2028"}))
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"model": "ü\u2028"}))
     process = resume(run, "--steps", "7", status=2, env={"PYTHONIOENCODING": "ascii"})
     check_line(process.err, "belongs to another run: its --model is tiny")
+    odd = run.parent / "läuft"
+    process = run_script("--out", odd, "--steps", 1, *FLAGS, env={"PYTHONIOENCODING": "ascii"})
+    assert "l?uft" in process.out and lines(odd)
 
 
 def test_a_terminal_that_is_closed(tmp_path, finished):
