@@ -14,8 +14,8 @@ tokens. Raise the log-probability of good tokens, lower that of bad ones: the lo
 
     -A * w(r, sign A) * grad log pi(token)      r = pi(token) / pi_old(token), the importance ratio
 
-so a method *is* its weight w. pi_old is the policy before the first optimiser step on a rollout:
-there every r is 1, and so is every w. From the second step on GRPO and ASPO differ in two places:
+so a method *is* its weight w. pi_old is the policy that drew the rollout. In the first optimiser
+step pi = pi_old, so that every r and w is 1. From the second on GRPO and ASPO differ in two places:
 
             good tokens, A > 0                  bad tokens, A < 0
     GRPO    r                                   r, but 0 where r > dual_clip
@@ -72,7 +72,7 @@ class Config:
     data: str | None = None  # arithmetic, sums, gsm8k, svamp, math, hub id or file [gsm8k]
     instruction: str | None = None  # appended to every problem but chats [the answer's format]
     thinking: bool = False  # let chat templates that can (Qwen3) open a thinking block
-    reward: str | None = None  # your own, as FILE.py:NAME of f(response, row) -> float
+    reward: str | None = None  # your own f(response, row) -> float, as FILE.py:NAME
     loss: str = "aspo"  # aspo, grpo, no-is, dapo, cispo, gspo or dr-grpo: see WEIGHTS
     seed: int = 0  # fixes data order, initial weights and samples
     # rollout
@@ -90,7 +90,7 @@ class Config:
     eps_low: float | None = None  # bad tokens: no gradient below 1 - eps_low [.2, gspo: 3e-4]
     eps_high: float | None = None  # good: none above 1 + eps_high [.2, dapo: .28, gspo: 4e-4]
     entropy_clip: bool = False  # both eps .4 for the most uncertain tokens, else .2 (Archer)
-    dual_clip: float = 3.0  # aspo caps the weight here; grpo drops bad tokens with r above it
+    dual_clip: float = 3.0  # aspo: the largest weight; grpo: bad tokens with r above it weigh 0
     loss_agg: str | None = None  # mean over token, sequence or constant [see METHOD_DEFAULTS]
     kl_coef: float = 0.0  # weight of the KL to the initial model; 0: it is not kept in memory
     tis_cap: float = 0.0  # cap of pi_old / pi_sampler, which weighs out rounding (TIS); 0: off
@@ -143,8 +143,8 @@ class Sample:
     reward: float = 0.0  # correct, less the overlong penalty
     advantage: float = 0.0  # the reward compared with the group
     sampler_logp: Tensor | None = None  # (tokens,) as the sampler saw it
-    old_logp: Tensor | None = None  # (tokens,) before the rollout's first optimiser step: the
-    # same policy as the sampler's, but computed as in the update, which rounds otherwise
+    # (tokens,) of the same policy, but computed as in the update, so that r is exactly 1 at first
+    old_logp: Tensor | None = None
 
 
 def right_answer(response: str, problem: dict) -> float:
@@ -251,8 +251,8 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- weights
-# Ratios r (B, T) and advantages (B, 1) -> weights (B, T). eps is (low, high): numbers, or (B, T)
-# tensors under --entropy_clip.
+# A weight function gets r (B, T), advantages (B, 1), eps = (low, high), numbers or (B, T), and the
+# number dual_clip, and returns w (B, T). It runs without gradient.
 
 def ratio(log_ratio: Tensor) -> Tensor:
     """r = exp(log pi - log pi_old), kept within float range."""
@@ -275,8 +275,8 @@ def aspo(r, advantages, eps, dual_clip):
     """The ratio, upside down for good tokens. The soft dual clip caps the weight.
 
     A is the whole response's, not the token's: r says nothing of how good a token was, and only
-    scales its step. A good token that fell to half its probability is pushed by .5 under GRPO, by
-    2 here; one that rose by 1.2, by 1.2 and by .83. The first way the likely become ever likelier.
+    scales its step. A good token with r = .5 weighs .5 under GRPO and 2 here, one with r = 1.2
+    weighs 1.2 and .83. GRPO's weights feed on themselves: what rose is pushed on. These do not.
     """
     flipped = torch.where(advantages >= 0, 1 / r, r)
     return flipped.clamp(max=dual_clip) * unclipped(r, advantages, eps)
@@ -315,16 +315,16 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
                 norm: float | None = None, entropy: Tensor | None = None,
                 ref_logp: Tensor | None = None,
                 sampler_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A * w * log pi, whose gradient is the method's while its value means nothing, and the KL.
+    """The sum of -A * w * log pi, w held constant, and of kl_coef * KL, over norm. Only its
+    gradient has a meaning.
 
-    All are (B, T), advantages (B, 1). norm: the number of tokens (loss_agg token) or of sequences
-    to average over; of the whole mini-batch, or the gradient would depend on how it is cut into
-    micro-batches. None counts those of the mask. entropy is needed by entropy_clip, ref_logp by
-    kl_coef, sampler_logp by tis_cap. Returns the loss, and per token of the mask what the metrics
-    need, (tokens,) each.
+    All are (B, T), advantages (B, 1). norm: the tokens (loss_agg token) or sequences of the whole
+    mini-batch, not of this micro-batch, or the gradient would depend on the cut; None: those of
+    the mask. entropy is needed by entropy_clip, ref_logp by kl_coef, sampler_logp by tis_cap.
+    Returns the loss, and per token of the mask what the metrics need, (tokens,) each.
     """
     mask = mask.bool()
-    # Whatever stands outside the mask, 0 times infinity would be NaN.
+    # Padding may hold inf or NaN, and 0 times them is NaN: so it is zeroed, not multiplied away.
     logp = logp.float().masked_fill(~mask, 0.0)
     old_logp = old_logp.float().masked_fill(~mask, 0.0)
     lengths = mask.sum(-1, keepdim=True)  # (B, 1)
@@ -342,7 +342,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
     gap = torch.zeros_like(logp)
     if sampler_logp is not None:
         gap = (old_logp - sampler_logp.float()).masked_fill(~mask, 0.0)
-    if cfg.tis_cap:  # a token that rounding made likelier to be drawn counts less
+    if cfg.tis_cap:  # weigh by pi_old / pi_sampler, which differ by rounding
         per_token = per_token * gap.exp().clamp(max=cfg.tis_cap)
     stats = {"advantage": advantages.expand_as(logp), "log_ratio": log_ratio, "weight": weight,
              "old_prob": old_logp.exp(), "mismatch": gap.abs()}
@@ -367,7 +367,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 def plain_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability and entropy of each response token, and the mask, (B, T) each.
 
-    They begin where the shortest prompt ends, at column `first` of the ids; the mask is True at R.
+    Their T columns are those of the ids from `first`, where the shortest prompt ends; mask: the R.
 
         P P R R R . .       P prompt, R response with its stop token, . padding: W columns
         P P P P R R R
@@ -375,7 +375,7 @@ def plain_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, 
     """
     ids, attention_mask = policy.pad([s.prompt + s.response for s in samples])  # (B, W) each
     prompt_lengths = torch.tensor([[len(s.prompt)] for s in samples], device=ids.device)  # (B, 1)
-    first = min(int(prompt_lengths.min()), ids.shape[1] - 1)  # at least a column, see `nothing`
+    first = min(int(prompt_lengths.min()), ids.shape[1] - 1)  # a column even if all are empty
     with policy.half_precision():
         logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
     # (B, W, V) -> (B, T, V), and (B, W) -> (B, T): the logits at one place tell of the next token.
@@ -406,7 +406,7 @@ def logp_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> tup
 def plain_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
     """Batches of at most max_tokens, padding included; a longer sample goes alone."""
     batches, width = [], 0
-    # Side by side what is of similar length; the longest first, which shows at once what fits.
+    # The longest first: similar lengths share a batch, and what does not fit shows at once.
     for s in sorted(samples, key=lambda s: -len(s.prompt + s.response)):
         if not batches or (len(batches[-1]) + 1) * width > max_tokens:
             batches.append([])
@@ -470,10 +470,11 @@ def update(policy: "Policy", samples: list[Sample], cfg: Config) -> tuple[list, 
     minibatches = chunks(samples, per_step)
     if cfg.mask_truncated:  # out of the sum and of the norm
         minibatches = [[s for s in batch if not s.truncated] for batch in minibatches]
-    # A sample with advantage 0 has no gradient to compute. It still counts in the norm: else a
-    # mini-batch in which one group of eight says something would make a step eight times as long.
+    # Samples without advantage (and KL) need no computing. They still count in the norm: divided by
+    # the active ones alone, a step would be the longer, the fewer groups have a signal.
     active = [[s for s in batch if s.advantage or cfg.kl_coef] for batch in minibatches]
 
+    # fit(LIMIT, f, ...) is f(...); if memory runs out, policy.LIMIT is halved and f called again.
     for batch in active:
         policy.fit("micro_tokens", remember_old_logp, policy, batch)
     stats, grad_norms = [], []
@@ -483,7 +484,6 @@ def update(policy: "Policy", samples: list[Sample], cfg: Config) -> tuple[list, 
                 continue
             sizes = [len(s.response) if cfg.loss_agg == "token" else 1 for s in minibatches[i]]
             norm = all_sum(sum(sizes))  # of the mini-batch: its tokens, or its sequences
-            # accumulate(policy, ...), again in smaller micro-batches if memory runs out
             stats += policy.fit("micro_tokens", accumulate, policy, active[i], norm, cfg)
             grad_norms.append(policy.optimizer_step())
     policy.refresh_sampler()
@@ -494,7 +494,7 @@ def update(policy: "Policy", samples: list[Sample], cfg: Config) -> tuple[list, 
 
 def heldout_accuracy(policy: "Policy", problems: list[dict], cfg: Config,
                      reward: Callable[[str, dict], float] = right_answer) -> float:
-    """Mean score on problems that are never trained on; always the same seed."""
+    """Mean score on problems never trained on, with the same random numbers all through a run."""
     seed_step(cfg, 0)
     samples = roll_out(policy, problems[rank()::world()], cfg.eval_samples, cfg, reward)
     return all_sum(sum(s.correct for s in samples)) / all_sum(len(samples))
@@ -910,6 +910,7 @@ def open_reward(cfg: Config, reward: Callable | None) -> Callable:
                 raise ValueError(f"it is {value}, expected a finite number")
         return value
 
+    own_reward.__name__ = getattr(reward, "__name__", repr(reward))  # a checkpoint knows it
     return own_reward
 
 
@@ -1863,8 +1864,9 @@ def load_policy(folder: Path, cfg: Config, problems, known: dict):
             if isinstance(p, DTensor) and x.ndim:
                 x = distribute_tensor(x, p.device_mesh, p.placements)
             policy.optimizer.state[p][key] = x.to(p.device)
-    for part in ("schedule", "scaler"):
-        getattr(policy, part).load_state_dict(state[part])
+    policy.schedule.load_state_dict(state["schedule"])
+    if state["scaler"]:  # empty where there was no fp16
+        policy.scaler.load_state_dict(state["scaler"])
     for group in policy.optimizer.param_groups:  # the schedule sets it only after a step
         group["lr"] = policy.learning_rate()
     return policy, state
@@ -1918,7 +1920,7 @@ MAX_SKIPPED = 10  # optimiser steps in a row; no later one would be better
 
 def lock(folder: Path) -> int:
     """Keep other programs from writing in a folder while this one lives. Raises UserError."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)  # Windows opens no folders
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1988,10 +1990,9 @@ class Run:
             "step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
             "response": s.text, "gold": s.gold, "reward": s.reward, "advantage": s.advantage,
         } for s in samples[:4 * self.cfg.group_size]]
-        if rank() == 0:
-            with self.explain(f"cannot write step {step} to {self.out}/{' and '.join(LOGS)}"):
-                append(self.out / LOGS[0], [metrics])
-                append(self.out / LOGS[1], logged)
+        with self.explain(f"cannot write step {step} to {self.out}/{' and '.join(LOGS)}"):
+            on_first(append, self.out / LOGS[0], [metrics])
+            on_first(append, self.out / LOGS[1], logged)
         if step == 1:
             s = samples[0]
             say(f"a response {s.text[:300]!r}\n"
