@@ -940,8 +940,8 @@ def tiny_model():
 def sloppy_demonstration(problem: str, rng: random.Random) -> str:
     """A sum worked out by merging neighbours, a quarter of them one or two too high.
 
-    "3+1+5+2" -> "3+6+2=9+2=11\n#### 11". The order is free, so there are several right ways, and
-    a model this small cannot answer at once: working in steps is the only way to the reward.
+    "3+1+5+2" -> "3+6+2=9+2=11\n#### 11". The order is free, so there are several right ways. RL
+    pays for the last number alone, and what it leaves of the steps is worth reading.
     """
     terms, states = [int(term) for term in problem.split("+")], []
     while len(terms) > 1:
