@@ -1,9 +1,15 @@
 import os
+import signal
 import sys
 import types
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, which wait for each other
+
+# Started in the background of a script, or under nohup, these would be ignored by all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -81,9 +81,12 @@ def check_line(stderr, *words):
 
 
 def wait_for(condition, process):
-    while not condition():
+    for _ in range(20_000):
+        if condition():
+            return
         assert process.poll() is None, process.err
         time.sleep(0.01)
+    raise AssertionError("it did not come")  # rather than wait for ever
 
 
 def has_lines(run):
