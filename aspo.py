@@ -47,7 +47,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -415,18 +414,6 @@ def plain_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sam
     return batches
 
 
-class Engine(NamedTuple):
-    """What samples and computes log-probabilities. Part two has another, FAST, with these doors."""
-
-    name: str
-    generate: Callable
-    token_logp: Callable
-    micro_batches: Callable
-
-
-PLAIN = Engine("plain", plain_generate, plain_logp, plain_micro_batches)
-
-
 # ------------------------------------------------------------------------------------------ update
 
 def chunks(samples: list[Sample], size: int) -> list[list[Sample]]:
@@ -583,6 +570,7 @@ import sys
 import types
 import typing
 import warnings
+from typing import NamedTuple
 
 import torch.distributed as dist
 import transformers
@@ -1399,13 +1387,21 @@ def fast_micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Samp
     return batches
 
 
-FAST = Engine("fast", fast_generate, fast_logp, fast_micro_batches)
-
-
 # --------------------------------------------------------------------------- which engine is right
 # Both must give the numbers of the model's own forward, one sequence at a time, before anything is
 # trained on them. Touch it when a kind of model is refused that you know to be right.
 
+class Engine(NamedTuple):
+    """What samples and computes log-probabilities."""
+
+    name: str
+    generate: Callable
+    token_logp: Callable
+    micro_batches: Callable
+
+
+PLAIN = Engine("plain", plain_generate, plain_logp, plain_micro_batches)
+FAST = Engine("fast", fast_generate, fast_logp, fast_micro_batches)
 UNSEEN = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
 
