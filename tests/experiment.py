@@ -10,6 +10,11 @@ Runs are OUT/<loss>-lr<lr>-s<seed>, each on one thread; flags of aspo.py go to n
 another --out). Every finished run in OUT is in the table. Read responses before you believe a number: a reward can be
 earned by something else than what you wanted to teach. Runs of one seed begin alike and see the same problems, so
 methods are also compared pairwise, by seed.
+
+What 250 responses of each method and stage looked like on sums (SmolLM2-135M-Instruct, five seeds): at the start 6 % are
+right, about half give no answer, the others say "The answer is 51." or work the sum out first; from a third on nearly all
+are "The answer is 25." or "15 + 3 = 18, the answer is 18", right or wrong. One of 2,250 repeats the question, at the start.
+Tiny task: the last number is learned, the steps before it become decoration (README).
 """
 import argparse
 import json
