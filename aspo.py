@@ -99,7 +99,7 @@ class Config:
     lr: float = 1e-6  # AdamW learning rate
     lr_warmup: int = 10  # optimiser steps of linear warm-up: step k has k / lr_warmup of lr
     weight_decay: float = 0.1  # of AdamW, on matrices
-    grad_clip: float = 1.0  # gradient norm limit
+    grad_clip: float = 1.0  # gradient norm limit; 0: none
     sft_steps: int = 500  # supervised warm-up of the tiny model
     # reports
     eval_every: int = 20  # steps between held-out evaluations; 0: before and after
@@ -1164,14 +1164,16 @@ class Decoder:
         n, width = len(prompts), ids.shape[1]
         rows, columns = self.round_rows(n), self.round_columns(width + policy.max_new_tokens)
         if rows > len(self.bias) or columns > self.bias.shape[1]:
-            self.graphs, self.cache = {}, None  # gone before the new one is made
-            self.cache = RowCache(prompt_cache, rows, columns)
+            # Gone before the new one is made; a pool whose graphs are gone takes no others.
+            self.graphs, self.cache, self.pool = {}, None, None
+            most, columns = max(rows, len(self.bias)), max(columns, self.bias.shape[1])
+            self.cache = RowCache(prompt_cache, most, columns)
             zeros = self.cache.column.new_zeros
-            self.row = zeros(rows)  # the response that each row writes
-            self.position = zeros(rows, 1)  # where its last token stands in its sequence
-            self.bias = zeros(rows, columns, dtype=self.model.dtype)  # of scores: 0 or -inf
+            self.row = zeros(most)  # the response that each row writes
+            self.position = zeros(most, 1)  # where its last token stands in its sequence
+            self.bias = zeros(most, columns, dtype=self.model.dtype)  # of scores: 0 or -inf
             # What has been written, a row per response: tokens, log-probabilities, entropies.
-            self.written = zeros(3, rows, columns, dtype=torch.float)
+            self.written = zeros(3, most, columns, dtype=torch.float)
 
         for buffer, x in zip(self.cache.buffers, prompt_cache):
             buffer[:n, :, :width] = x[which]
@@ -1340,6 +1342,8 @@ def packed_attention(module, query, key, value, attention_mask, *, scaling=None,
         return transformers.AttentionInterface()["sdpa"](
             module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
+    # Rotated ones are fp32 under autocast, and causal_lower_right compares types before it casts.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     attend = functools.partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
     out = []
     for seen, own, mask in packed.parts:
@@ -1557,13 +1561,13 @@ class Policy:
         if not learning:
             weights_in(self.dtype, self.model).to(self.device)
             return
-        if self.cfg.gradient_checkpointing:
-            recompute_layers(self.model)
         if self.dtype != torch.float32 or world() > 1:
             # Half precision: half the bytes to read per token. And FSDP would gather every layer
             # for every token.
             self.sampler = copy.deepcopy(self.model)
             weights_in(self.dtype, self.sampler).to(self.device)
+        if self.cfg.gradient_checkpointing:
+            recompute_layers(self.model)
         shard(self.model, self.device, self.dtype)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
@@ -1645,7 +1649,8 @@ class Policy:
     def optimizer_step(self) -> float:
         """Step along the gradient. Returns its norm; no step is made if that is not finite."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        limit = self.cfg.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         grad_norm = whole(norm).item()
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
         if not self.skipped:

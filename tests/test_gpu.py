@@ -55,6 +55,9 @@ def state_of(decoder) -> list[torch.Tensor]:
 
 def record(decoder, size: tuple):
     """Decoder.record without a GPU. A capture runs nothing, so what the step changed is put back, and the seed."""
+    # PyTorch asserts it: see create_or_incref_pool of its CUDA allocator.
+    assert decoder.graphs or decoder.pool is None, "a memory pool whose graphs are gone takes no others"
+    decoder.pool = decoder.pool or object()
     changing = state_of(decoder)
     before, seed = [x.clone() for x in changing], torch.get_rng_state()
     for counter in (decoder.position, decoder.cache.column):
@@ -190,6 +193,16 @@ def test_replays_equal_plain_steps_over_prompts_and_weights_that_change(lab, gra
             for p in policy.sampler.parameters():
                 p.mul_(1.01)
     assert n_graphs > 1  # of several sizes: rows left the batch
+
+
+def test_buffers_that_grow_take_new_graphs_and_do_not_shrink(lab, graphs):
+    policy, shapes = policy_of(lab), []
+    longer = [prompt * 3 for prompt in policy.rows[:2]]
+    for rows in (policy.rows[:2], policy.rows, longer, policy.rows):
+        assert len(policy.generate(rows)) == len(rows) and policy.decoder.graphs
+        shapes.append(tuple(policy.decoder.bias.shape))
+    assert shapes[0] < shapes[1] < shapes[2] == shapes[3]
+    assert shapes[1][0] == shapes[2][0] and shapes[1][1] < shapes[2][1]
 
 
 def test_a_capture_that_fails_is_said_once(lab, monkeypatch, capsys):

@@ -291,9 +291,10 @@ def test_weight_decay_is_of_matrices_and_frozen_weights_stay(tiny):
         assert torch.equal(p.data, before[name]) == ("layers.0" in name)
 
 
-def test_the_gradient_is_clipped_and_what_is_not_finite_is_no_step(tiny):
+@pytest.mark.parametrize("grad_clip", [0.5, 0.0])  # 0: not at all
+def test_the_gradient_is_clipped_and_what_is_not_finite_is_no_step(tiny, grad_clip):
     model, tokenizer = tiny
-    policy = policy_of(model, tokenizer, lr=0.1, lr_warmup=4, grad_clip=0.5)
+    policy = policy_of(model, tokenizer, lr=0.1, lr_warmup=4, grad_clip=grad_clip)
     before = copy.deepcopy(model.state_dict())
     seen = []
     policy.optimizer.register_step_pre_hook(lambda *_: seen.append(
@@ -307,5 +308,5 @@ def test_the_gradient_is_clipped_and_what_is_not_finite_is_no_step(tiny):
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
     assert policy.optimizer_step() == pytest.approx(2 * math.sqrt(n), rel=1e-4)  # before clipping
-    assert seen == [pytest.approx(0.5, rel=1e-3)] and policy.skipped == 0
+    assert seen == [pytest.approx(grad_clip or 2 * math.sqrt(n), rel=1e-3)] and policy.skipped == 0
     assert all(p.grad is None for p in model.parameters())
