@@ -595,6 +595,10 @@ class UserError(Exception):
     """Bad input. `main` prints the message as one line and exits with status 2."""
 
 
+LESS_MEMORY = ("try --gradient_checkpointing true, a smaller --max_new_tokens or --model, or more "
+               "GPUs")
+
+
 class Broken(UserError):
     """There is no model left to train. Exit status 1."""
 
@@ -1220,7 +1224,8 @@ class Decoder:
                 if out_of_memory(error):
                     raise
                 self.graphs_on, self.graphs = False, {}
-                say(f"sampling goes on without CUDA graphs: {' '.join(str(error).split())[:200]}")
+                say("sampling goes on without CUDA graphs; if it fails, type --engine plain: "
+                    f"{' '.join(str(error).split())[:200]}")
 
     def record(self, size: tuple):
         torch.cuda.synchronize()
@@ -1278,7 +1283,8 @@ def fast_generate(policy: "Policy", prompts: list[list[int]]):
 # knows what belongs together. Same log-probabilities and gradients as plain_logp.
 # Touch it for another attention kernel.
 
-class Packed(NamedTuple):
+@dataclass
+class Packed:  # no tuple: FSDP would look inside, and make causal_lower_right an empty tensor
     """Prompt ab with responses xyz and uv is the row  a b x y u: a last token predicts nothing."""
 
     tokens: Tensor  # (1, N)
@@ -1370,9 +1376,10 @@ def packed_logp(model, packed: Packed, temperature: float):
 def fast_logp(policy: "Policy", model, samples: list[Sample]):
     """As plain_logp, in tensors that begin where the responses do."""
     packed = pack(samples, model.device)
+    # Of a model that `shard` has cut up, a method that gathers its weights first.
+    work = getattr(model, "packed_logp", functools.partial(packed_logp, model))
     with policy.half_precision():
-        # A method of the model, see `shard`.
-        values = model.packed_logp(packed, policy.temperature)
+        values = work(packed, policy.temperature)
     zeros = torch.zeros(packed.mask.shape, device=model.device)
     return *(zeros.masked_scatter(packed.mask, x) for x in values), packed.mask
 
@@ -1497,7 +1504,6 @@ class Policy:
         self.model = self.sampler = model.eval()
         self.sample_rows, self.micro_tokens = cfg.sample_rows, cfg.micro_tokens
         self.own_attention = model.config._attn_implementation
-        model.packed_logp = types.MethodType(packed_logp, model)
         self.n_embeddings, self.context = len(model.get_input_embeddings().weight), context(model)
         self.eos_ids = stop_tokens(model, tokenizer)
         pad = tokenizer.pad_token_id
@@ -1582,7 +1588,6 @@ class Policy:
     def add_reference(self, model):
         """The initial model, for the KL to it."""
         self.reference = model.eval()
-        model.packed_logp = types.MethodType(packed_logp, model)
         model.set_attn_implementation(self.model.config._attn_implementation)
         shard(model, self.device, self.dtype)
 
@@ -1602,8 +1607,7 @@ class Policy:
             # Out of that clause, whose traceback holds on to tensors.
             now, least = getattr(self, limit), 1 if limit == "sample_rows" else self.longest
             if now <= least or (world() > 1 and limit == "micro_tokens"):  # FSDP keeps in step
-                raise UserError(f"out of memory with --{limit} {now}; try --gradient_checkpointing "
-                                "true, a smaller --max_new_tokens or --model, or more GPUs")
+                raise UserError(f"out of memory with --{limit} {now}; {LESS_MEMORY}")
             setattr(self, limit, max(least, now // 2))
             self.model.zero_grad()  # what a part of a mini-batch has left behind
             self.decoder = None
@@ -1747,13 +1751,16 @@ def shard(model, device, dtype):
         return
     from torch.distributed import fsdp
 
-    options = dict(mesh=dist.init_device_mesh(device.type, (world(),)),
-                   mp_policy=fsdp.MixedPrecisionPolicy(dtype, torch.float32),
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, while there is some
+    # Inputs are left alone, as in the sampler: some models have fp32 cosines.
+    precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    options = dict(mesh=dist.init_device_mesh(device.type, (world(),)), mp_policy=precision,
                    reshard_after_forward=True)  # of the root as well, which may be saved next
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
             fsdp.fully_shard(module, **options)
     fsdp.fully_shard(model, **options)
+    model.packed_logp = types.MethodType(packed_logp, model)
     fsdp.register_fsdp_forward_method(model, "packed_logp")  # gathers weights as for forward()
 
 
@@ -1829,13 +1836,16 @@ def save_policy(policy: Policy, folder: Path, state: dict):
     model, moments = policy.model, policy.optimizer.state
     # named_parameters() has one name of tied weights: gathered, they would no longer look tied.
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    weights = {name: whole(x).cpu()
-               for name, x in model.state_dict().items() if name in named}
+
+    def on_cpu(x: Tensor) -> Tensor | None:  # of the first process, which alone writes
+        x = whole(x)
+        return x.cpu() if rank() == 0 else None
+
+    weights = {name: on_cpu(x) for name, x in model.state_dict().items() if name in named}
     state |= {"config": vars(policy.cfg), "known": policy.known}
     state |= {part: getattr(policy, part).state_dict() for part in ("schedule", "scaler")}
     state["optimizer"] = {
-        name: {key: whole(x).cpu()
-               for key, x in moments[p].items()}
+        name: {key: on_cpu(x) for key, x in moments[p].items()}
         for name, p in named.items() if p in moments}
 
     def write():
@@ -2272,11 +2282,15 @@ def main(argv: list[str] | None = None, work=start) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Broken) else 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):  # where smaller batches are no cure, as for AdamW's moments
+            print(f"error: out of memory; {LESS_MEMORY}", file=sys.stderr)
+            return 2
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        print(f"error: process {rank()} lost contact with another one, whose own message tells "
-              "why; go on from the last checkpoint with --resume", file=sys.stderr)
+        print(f"error: process {rank()} lost contact with another one, whose own message may tell "
+              "why; go on from the last checkpoint with --resume "
+              f"({' '.join(str(error).split())[:200]})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         return 128 + signal.SIGINT

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -607,6 +608,27 @@ ERRORS = {"CUDA": torch.OutOfMemoryError("CUDA out of memory"), "Python": Memory
           "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
           "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
           "Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_out_of_memory_where_smaller_batches_are_no_cure(name, capsys):
+    """Such as at the optimiser's first step, which makes its moments."""
+    def fail(argv):
+        raise ERRORS[name]
+
+    assert aspo.main([], fail) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory") and error.count("\n") == 1 and "--gradient_checkpointing" in error
+
+
+def test_a_model_that_nobody_uses_is_gone_at_once():
+    """Without the garbage collector: two that eval.py compares might not fit into memory together."""
+    parts = aspo.tiny_model()
+    policy = make_policy(parts)
+    policy.generate([[5, 6]])
+    model = weakref.ref(policy.model)
+    del policy, parts
+    assert model() is None
 
 
 @pytest.mark.parametrize("engine, name", [("fast", "CUDA"), ("plain", "cuBLAS"), ("fast", "Python"), ("fast", "CPU"),

@@ -12,6 +12,8 @@ from conftest import ROOT
 from kill import FLAGS, lines
 from processes import ENV, TORCHRUN, run_several, start_several
 from safetensors.torch import load_file
+from torch.distributed.utils import _to_kwargs
+from torch.nn.attention.bias import causal_lower_right
 
 import aspo
 
@@ -25,6 +27,8 @@ VARIANTS = {  # settings of two updates on a fixed rollout
     "clipped": {"grad_clip": 0.05},
     "frozen and unused": {},
 }
+AS_ON_CUDA = {"half": {}, "half, plain": {"engine": "plain"},
+              "half, layers recomputed": {"gradient_checkpointing": True}}
 
 
 def rollout(tokenizer):
@@ -44,8 +48,14 @@ def updates(path):
     """What each process of the first test does."""
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
-    found = {}
-    for name, settings in VARIANTS.items():
+    found, place = {}, aspo.Policy.place
+    for name, settings in (VARIANTS | AS_ON_CUDA).items():
+        if name in AS_ON_CUDA:  # bf16, and the sign for the flash kernel instead of a mask
+            def in_half(policy, learning):
+                policy.dtype = torch.bfloat16
+                place(policy, learning)
+
+            aspo.Policy.place, aspo.lower_right = in_half, lambda queries, keys, _: causal_lower_right(queries, keys)
         torch.manual_seed(1)
         model, tokenizer = aspo.tiny_model()
         if name == "frozen and unused":
@@ -97,6 +107,22 @@ def test_the_update_does_not_depend_on_the_number_of_processes(variant, found):
         torch.testing.assert_close(two["stats"][key], values, rtol=1e-4, atol=1e-5)
     assert one["sampler"] and two["sampler"]  # what is sampled from next is what has been learned
     assert one["engine"] == two["engine"] == ("plain" if "plain" in variant else "fast")
+
+
+@pytest.mark.parametrize("variant", AS_ON_CUDA)
+def test_half_precision_of_one_process_and_of_two(variant, found):
+    exact = found[0]["token"]
+    for each in found:
+        assert each[variant]["norms"] == pytest.approx(exact["norms"], rel=0.1)  # bf16 has 8 bits
+        gaps = each[variant]["stats"]["log_ratio"] - exact["stats"]["log_ratio"]
+        assert gaps.isfinite().all() and gaps.any() and gaps.abs().mean() < 0.02
+
+
+def test_fsdp_finds_no_tensors_in_a_packed_row():
+    """It moves and casts what it finds in arguments, and causal_lower_right would lose its lengths."""
+    packed = aspo.pack(rollout(aspo.tiny_model()[1])[:4], torch.device("cpu"))
+    (moved,), = _to_kwargs((packed,), {}, torch.device("meta"), False)[0]
+    assert moved is packed and torch.utils._pytree.tree_leaves(packed) == [packed]
 
 
 def test_each_process_holds_a_part_of_the_model(found):
