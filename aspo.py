@@ -5,7 +5,7 @@
     python aspo.py --model qwen-0.5b              # Qwen2.5-0.5B-Instruct on GSM8K, one GPU
     python aspo.py --model DIR --data FILE.jsonl  # lines of {"problem": ..., "answer": ...}
     python aspo.py --resume runs/NAME             # go on with a run that was stopped or killed
-    torchrun --nproc-per-node 4 aspo.py           # four GPUs, each with a quarter of the model
+    torchrun --nproc-per-node 4 aspo.py           # four GPUs that share weights and moments
     python aspo.py --help                         # every knob
 
 One step: sample a group of responses to each prompt and score them. A response's advantage A says
@@ -33,10 +33,12 @@ shows the order of things; read it first if you like. Who calls whom:
     train > heldout_accuracy > roll_out
 PART TWO is the engine room. Part one enters it by these doors:
     open_run      -> run: policy, reward, stream, heldout, step; log, save, asked_to_stop, finish
-    policy        generate, token_logp, micro_batches; backward, optimizer_step, refresh_sampler;
-                  fit: a call, made again in smaller parts if memory runs out; encode, decode, pad
+    policy        generate, token_logp, reference_logp, micro_batches; backward, optimizer_step,
+                  refresh_sampler, learning_rate; half_precision; encode, decode, pad;
+                  fit: a call, made again in smaller parts if memory runs out
     all_sum, all_gather, rank, world    the processes of torchrun; without it there is one
-    draw, by_rows, seed_step, progress, say    a sentence each where they stand
+    rollout_metrics, update_metrics     what a step reports
+    draw, nucleus, by_rows, seed_step, progress, say    a sentence each where they stand
     refill, overlong_penalty, entropy_dependent_eps    off by default
 
 Paper: arXiv 2510.06062. Where we depart from it: see "Departures" in README.md.
@@ -120,9 +122,9 @@ class Config:
         data = self.data or ("arithmetic" if tiny else "gsm8k")
         resolved = {"data": data, "instruction": "" if tiny else INSTRUCTIONS.get(data, BOX),
                     "out": f"runs/{name}-{self.loss}-s{self.seed}"}
-        for name, value in (METHOD_DEFAULTS | METHOD_CHANGES.get(self.loss, {}) | resolved).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        for knob, value in (METHOD_DEFAULTS | METHOD_CHANGES.get(self.loss, {}) | resolved).items():
+            if getattr(self, knob) is None:
+                setattr(self, knob, value)
 
 
 # ------------------------------------------------------------------------------ samples and rewards
@@ -383,8 +385,8 @@ def plain_logp(policy: "Policy", model, samples: list[Sample]) -> tuple[Tensor, 
     # From lengths: looking for padding tokens would miss stop tokens where both are one.
     mask = attention_mask[:, first:].bool() & (column >= prompt_lengths)  # (B, T)
 
-    # logp_and_entropy(logits, targets, temperature), a few rows at a time: with a vocabulary of
-    # 150 k, the fp32 copies of all logits would take 30 GB.
+    # It calls logp_and_entropy with a few rows at a time: with a vocabulary of 150 k, the fp32
+    # copies of all logits would take 30 GB.
     logp, entropy = by_rows(logp_and_entropy, logits, targets, policy.temperature)
     return logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0), mask
 
@@ -1605,7 +1607,8 @@ class Policy:
                 if not out_of_memory(error):
                     raise
             # Out of that clause, whose traceback holds on to tensors.
-            now, least = getattr(self, limit), 1 if limit == "sample_rows" else self.longest
+            now = getattr(self, limit)
+            least = 1 if limit == "sample_rows" else self.longest
             if now <= least or (world() > 1 and limit == "micro_tokens"):  # FSDP keeps in step
                 raise UserError(f"out of memory with --{limit} {now}; {LESS_MEMORY}")
             setattr(self, limit, max(least, now // 2))
@@ -1995,7 +1998,8 @@ class Run:
         """
         h, step = metrics["entropy"], metrics["step"]
         one_answer_or_noise = not 1e-3 < h < 0.97 * math.log(self.policy.n_embeddings)
-        if not math.isfinite(h) or self.before > metrics["accuracy"] == 0 and one_answer_or_noise:
+        all_wrong_now = metrics["accuracy"] == 0 and self.before > 0
+        if not math.isfinite(h) or (all_wrong_now and one_answer_or_noise):
             self.give_up(f"an update has broken the model: an entropy of {h:.3g} nats")
         logged = [{
             "step": step, "problem": s.problem, "prompt": self.policy.decode(s.prompt),
