@@ -1973,6 +1973,7 @@ class Run:
     before: float  # held-out accuracy before RL
     signal: int = 0  # that asked to stop
     said: set = field(default_factory=set)  # warnings
+    handlers: dict = field(default_factory=dict)  # of signals, before the run
 
     def claim(self, sizes: dict):
         """Make the folder, or go on in it with logs as long as a checkpoint knows them."""
@@ -2060,7 +2061,7 @@ class Run:
         # SIGHUP, which Windows has not, SIGINT and SIGTERM.
         for number in {1, 2, 15} & signal.valid_signals():
             if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
-                signal.signal(number, self.on_signal)
+                self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame):
         self.signal = number
@@ -2075,6 +2076,8 @@ class Run:
 
     def finish(self, metrics: dict):
         """The last words."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         if rank() == 0:
             os.close(self.lock)
         if self.policy.skipped >= MAX_SKIPPED:

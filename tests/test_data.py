@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -476,6 +477,14 @@ def test_a_reward_of_the_caller_sees_the_row_as_it_was_read(workplace):
 def test_heldout_accuracy_uses_the_same_reward(workplace):
     folder, knobs = workplace
     assert aspo.train(aspo.parse(knobs()), reward=lambda response, row: -3)["heldout_accuracy"] == -3
+
+
+def test_signals_are_the_callers_again_after_training(workplace):
+    folder, knobs = workplace
+    numbers, during = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM), []
+    before = list(map(signal.getsignal, numbers))
+    aspo.train(aspo.parse(knobs()), reward=lambda response, row: during.append(signal.getsignal(2)) or 1.0)
+    assert before[1] not in during[1:-1] and list(map(signal.getsignal, numbers)) == before
 
 
 def test_going_on_with_another_reward_is_refused(workplace, capsys):
