@@ -1226,8 +1226,7 @@ class Decoder:
                 if out_of_memory(error):
                     raise
                 self.graphs_on, self.graphs = False, {}
-                say("sampling goes on without CUDA graphs; if it fails, type --engine plain: "
-                    f"{' '.join(str(error).split())[:200]}")
+                say(f"sampling goes on without CUDA graphs: {' '.join(str(error).split())[:200]}")
 
     def record(self, size: tuple):
         torch.cuda.synchronize()

@@ -85,7 +85,7 @@ def measured_peaks(alias: str, cfg: aspo.Config, layers: int) -> tuple[int, int]
         model.set_attn_implementation("packed")
         if cfg.gradient_checkpointing:
             aspo.recompute_layers(model)
-        packed = tree_map_only(torch.Tensor, FAKE.from_tensor, packed)
+        packed = aspo.Packed(**tree_map_only(torch.Tensor, FAKE.from_tensor, vars(packed)))
         for _ in range(2):
             live.peak = live.now
             with torch.autocast("cpu", torch.bfloat16):
