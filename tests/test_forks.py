@@ -233,7 +233,7 @@ def test_several_rewards(fork):
 
 def test_two_data_sets(fork):
     forked = fork("mixture", "--instruction", "")
-    texts = [problem["problem"] for problem in forked.run.stream.problems]
+    texts = [problem["problem"] for problem in forked.run.problems]
     ending = "\nFinish with 'The answer is' and the number."
     assert sum(text.startswith("What is ") and text.endswith(ending) for text in texts) == 500
     assert sum(text.count("+") == 3 and "\n" not in text for text in texts) == 1500
@@ -290,8 +290,8 @@ def test_an_adaptive_temperature(fork):
 
 def test_a_curriculum(fork):
     forked = fork("curriculum")
-    assert forked.run.stream.position == 2 * 2 * 4
-    stream = forked.Stream([{"problem": str(i)} for i in range(4)], 0, 0)
-    rates = forked.roll_out.__globals__["rates"]
+    run, rates = forked.run, forked.roll_out.__globals__["rates"]
+    assert run.position == 2 * 2 * 4 and len(rates) == 2 * 4 + 2  # twice as many as in use; held-out ones as well
+    run.problems, run.position = [{"problem": str(i)} for i in range(4)], 0
     rates |= {"0": 1.0, "1": 0.6, "2": 0.0}
-    assert [problem["problem"] for problem in stream.take(2)] == ["3", "1"]
+    assert [problem["problem"] for problem in run.take(2)] == ["3", "1"]

@@ -1,7 +1,7 @@
 """Of twice as many problems take those whose last solve rate is nearest to a half."""
 import aspo
 
-roll_out, take, rates = aspo.roll_out, aspo.Stream.take, {}
+roll_out, take, rates = aspo.roll_out, aspo.Run.take, {}
 
 def remember_rates(policy, problems, n, *rest):
     samples = roll_out(policy, problems, n, *rest)
@@ -10,6 +10,6 @@ def remember_rates(policy, problems, n, *rest):
     return samples
 
 aspo.roll_out = remember_rates
-aspo.Stream.take = lambda self, n: sorted(
+aspo.Run.take = lambda self, n: sorted(
     take(self, 2 * n), key=lambda problem: abs(rates.get(problem["problem"], 0.5) - 0.5))[:n]
 raise SystemExit(aspo.main())
