@@ -250,13 +250,15 @@ def test_a_system_prompt(fork):
 def test_few_shot_prompts_and_a_stop(fork, model, tmp_path):
     base = shutil.copytree(model, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
-    forked = fork("few_shot", "--model", str(base), "--max_new_tokens", "40")
-    samples = sum((update.samples for update in forked.updated), [])
-    for s in samples:
-        prompt = f"Question: What is 2+2?\nAnswer: 4\n\nQuestion: {s.problem}\nAnswer:"
-        assert forked.run.policy.decode(s.prompt) == prompt and "\n" not in s.text
-    stopped = [s for s in samples if forked.run.policy.tokenizer.decode(s.response[-1]) == "\n"]
-    assert stopped and not any(s.truncated for s in stopped)
+    forked = fork("few_shot", "--model", str(base))
+    policy, sample = forked.run.policy, forked.updated[0].samples[0]
+    prompt = f"Question: What is 2+2?\nAnswer: 4\n\nQuestion: {sample.problem}\nAnswer:"
+    assert policy.decode(sample.prompt) == prompt and sample.truncated
+    policy.max_new_tokens, policy.stop_ids = 20, []
+    script = iter(policy.tokenizer(" 4\nQuestion: 5+5").input_ids)
+    forked.draw = lambda probs: torch.full((len(probs),), next(script))
+    (tokens, *_), _ = forked.generate(policy, [sample.prompt] * 2)
+    assert policy.tokenizer.decode(tokens) == " 4\nQuestion:"
 
 
 def test_logging_elsewhere(fork, monkeypatch):

@@ -1,14 +1,15 @@
-"""For base models: a worked example before each question, and any token with a line end stops."""
+"""For base models: a worked example before each question, and a string at which they stop."""
+import torch
 import aspo
 
-SHOTS = "What is 2+2?\nAnswer: 4\n\nQuestion: "
-encode, stop_tokens = aspo.Policy.encode, aspo.stop_tokens
+SHOTS, STOP = "What is 2+2?\nAnswer: 4\n\nQuestion: ", "\nQuestion:"
+encode, has_ended = aspo.Policy.encode, aspo.Policy.has_ended
 
-def stop_at_line_end(model, tokenizer):
-    ends = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
-    return stop_tokens(model, tokenizer) + ends
+def has_said(self, tokens):  # (B, T) -> (B,)
+    said = [STOP in text for text in self.tokenizer.batch_decode(tokens[:, -16:])]
+    return has_ended(self, tokens) | torch.tensor(said, device=tokens.device)
 
-aspo.stop_tokens = stop_at_line_end
+aspo.Policy.has_ended = has_said
 aspo.Policy.encode = lambda self, problem: encode(
     self, problem | {"problem": SHOTS + problem["problem"]})
 raise SystemExit(aspo.main())
