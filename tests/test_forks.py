@@ -193,12 +193,13 @@ def test_sgd_and_cosine_resume_bit_for_bit(fork, tmp_path):
     ("```python\ndef f(x): return 3 * x\n```", 0),
     ("```python\nraise SystemExit(0)\n```", 0),
     ("```python\nwhile True: pass\n```", 0),
-    ("```python\nf = [0] * 10**9\n```", 0),
-    ("```python\nopen('/tmp/left', 'w').write('x' * 10**6)\n```", 0),
+    ("```python\ndef f(x): return 2 * x\nlarge = bytearray(2**29)\n```", 0),
+    ("```python\ndef f(x): return 2 * x\nopen('FILE', 'w').write('x' * 2**20)\n```", 0),
     ("no code", 0),
 ])
-def test_a_reward_that_runs_code(response, wanted):
+def test_a_reward_that_runs_code(response, wanted, tmp_path):
     passes = runpy.run_path(str(FORKS / "run_code.py"))["passes"]
+    response = response.replace("FILE", str(tmp_path / "file"))
     assert passes(response, {"answer": "assert f(2) == 4\nassert f(0) == 0"}) == wanted
 
 
