@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 from eval import BENCHES, interval, load_bench, majority, pass_at, scores
 
+
 @pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 1), (5, 3), (6, 6), (7, 2)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, c):
     for k in range(1, n + 1):
@@ -325,6 +326,5 @@ def test_weight_curves_show_the_methods(tmp_path, capsys):
         assert set(curves) == set(aspo.WEIGHTS)
         for loss, r, weight in points:
             assert curves[loss][(ratios - r).abs().argmin()] == pytest.approx(weight, abs=0.01), (advantage, loss, r)
-    path = tmp_path / "w.svg"
-    status, out, _ = main(capsys, "weights", "--out", path)
+    status, out, _ = main(capsys, "weights", "--out", path := tmp_path / "w.svg")
     assert status == 0 and f"picture in {path}" in out and path.stat().st_size > 20_000
