@@ -25,7 +25,7 @@ from mpmath.ctx_mp import MPContext
 LONGEST = 600  # characters of an answer
 TAIL = 100_000  # characters of a response
 LAST_LINES = 5  # of a response without a box
-WORK = 8000  # of one comparison, some 2 us each
+WORK = 8000  # of one comparison
 
 # ---- extraction
 
@@ -36,10 +36,10 @@ NOTHING = re.compile(r"[\s.$~{}]*(?:\\(?:text|q?quad|[lc]?dots)[\s{}]*)?")
 ENUMERATION = re.compile(  # between two boxes: ", ", " and $y = "
     r"[\s$]*(?:,|,?\s*(?:and|or))[\s$]*(?:[a-z]\s*=|\([a-z]\))?[\s$]*")
 HEADING = re.compile(  # "Final answer" over the answer, or "#### 42"
-    r"^[#*_ ]*(?:the )?(?:final )?answer[*_: ]*\n|(?<!\S)#### *(?!Step|Solution)", re.I | re.M)
+    r"^[#*_ ]*(?:final )?answer[*_: ]*\n|(?<!\S)#### *(?!Step|Solution)", re.I | re.M)
 ANSWER_IS = re.compile(
     r"\b(?:answer|result)(?: (?:to|for) [\w ]{1,40}?)?\**\s*(?:is\b|[=:：])"
-    r"(?!\W*(?:correct|right|clear|unclear|helpful))[*:：\s]*", re.I)
+    r"(?!\W*(?:correct|right|clear|unclear|helpful))[*:：\s]*(?:(?:\\\[|\$\$)\s*)?", re.I)
 WITHDRAWN = re.compile(  # behind a box
     r"\b(?:wait|actually|mistake|sorry)\b|^[*_#> ]*(?:final )?answer\**:", re.I | re.M)
 SENTENCE_END = re.compile(r"[.!]+(?:\s+(?!\d)|$)|,? (?:since|because|which)\b|\n")
@@ -146,6 +146,7 @@ CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (r"^ *[a-df-hj-z]? ?\\approx *(?=[-\d]*\.\d)", ""),  # x \approx 3.14
     (r'^ *[\\"](?:gcd|lcm|int|sum|lim|binom)(?![a-z])[^=]*=', ""),  # \gcd(12, 18) = 6
     (r"^((?:[^=a-zA-Z]|\\[a-z]+)+)= *([a-df-hj-zA-Z]) *$", r"\2=\1"),  # 5 = x
+    (r'^ *(?:"[^\W\d_]+ ?)+: *', ""),  # Total: 42
     (rf'(?<=\d) ?"?({"|".join(SCALES)})\b', lambda scale: SCALES[scale[1]] + " "),
     (r"^[ *]+|[ *]+$|(?<![.,;:])[.,;:]$", ""))]
 
@@ -162,9 +163,7 @@ def clean(text: str) -> str:
 
     A word is marked, so that no letter is a variable: \text{ sq cm} is "sq "cm.
     """
-    if not text.isascii():
-        text = to_ascii(text)
-    text = " ".join(re.sub('["`]', "", text).split())
+    text = " ".join(re.sub('["`“”]', "", to_ascii(text)).split())
     text = WORDING.sub(lambda words: re.sub(r"[^\W\d_]+", r'"\g<0>', words[1]), text)
     for pattern, new in CLEAN:
         text = pattern.sub(new, text)
@@ -173,19 +172,19 @@ def clean(text: str) -> str:
 
 ALIASES = pairs(r"""
 cdot * times * div / ** ^ lt < gt > le <= leq <= leqslant <= ge >= geq >= geqslant >= == = \in =
-; , & , and , or , lvert | rvert | vert | \% % percent % degree ° degrees ° 
-langle ( rangle ) infinity infty inf infty varnothing emptyset backslash \setminus
-zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10""")
+; , & , and , or , lvert | rvert | vert | \% % percent % degree ° degrees ° langle (
+rangle ) infinity infty inf infty varnothing emptyset backslash \setminus
+zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve 12""")
 UNITS = pairs("""centimeter cm millimeter mm kilometer km meter m metre m inch in inche in foot ft
 feet ft mile mi kilogram kg gram g pound lb liter l hour hr minute min second sec year yr mph mph
 square ^2 sq ^2 cubic ^3 am am pm pm per per""")
 FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan exp ln log".split()
 KNOWN = {*FUNCTION_NAMES, *ALIASES, *(
-    "alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi varphi psi omega Delta "
-    "Omega ell pi frac sqrt root infty emptyset reals").split()}
-HEDGES = set("""not no if for or so maybe probably about approximately almost nearly roughly least
-most more less than when where unless wrong incorrect but except over under to from is between any
-other else mod times dozen th st nd rd""".split())
+    "alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi varphi psi omega "
+    "pi frac sqrt root infty emptyset reals").split()}
+HEDGES = set("""not no if for or so maybe think probably about approximately almost nearly roughly
+least most more less than when where unless wrong incorrect but except over under to from is between
+any other else mod times dozen th st nd rd""".split())
 TOKEN = re.compile(r"""
     \d[\dA-F]*_\d+  # 1011_2
     | \d*\.\d*\(\d+\)  # 0.1(6)
@@ -234,6 +233,7 @@ def split_unit(text: str) -> tuple[str, set]:
 
 
 # ---- values
+
 mp = MPContext()
 mp.prec = 800
 CLOSE, NOISE, APART = mp.mpf(2) ** -450, 600, 250
@@ -241,7 +241,7 @@ POINTS = [(0.95, 0.99), (10, 40), (-0.9, -0.1), (-40, -10), *[(-3, 3)] * 4]
 LOCK = threading.Lock()  # for mpmath and `spent`
 spent = 0  # of WORK
 Unreadable = ValueError
-NoValue = ArithmeticError  # no real one at this point, as the root of a negative number
+NoValue = ArithmeticError  # none that is real at this point
 
 
 def spend(work: int):
@@ -282,7 +282,7 @@ def multiply(x, y):
 
 
 def power(x, y):
-    """The power. A number that is no integer depends on a variable."""
+    """The power; no value where a variable may have made the base negative."""
     spend(25)
     if not (mp.isint(x) or mp.isint(y) or x.imag) and x.real < 0:
         raise NoValue
@@ -571,14 +571,15 @@ def is_plain(text: str) -> bool:
     r"""Whether the last side is a number without work to do: 7.0, 1/2, 2\frac12, 1.5 * 10^3;
     not 18+8, 4/6 or 7/1.
     """
-    last_side = re.sub(r" ?(?<!\\)[{}] ?", " ", text.partition(r" \approx")[0].rpartition("= ")[2])
-    found = PLAIN.fullmatch(last_side.strip(r"()[]\{} %°"))
+    last_side = text.partition(r" \approx")[0].rpartition("= ")[2]
+    bare = " ".join(token for token in last_side.split() if token not in "(){}")
+    found = PLAIN.fullmatch(bare.strip(r"[]\{} %°"))
     parts = [int(part) for part in found.groups() if part] if found else []
     return bool(found) and (not parts or parts[1] > 1 and math.gcd(*parts) == 1)
 
 
 def equal_everywhere(x: str, y: str) -> bool:
-    """Whether two values are the same at each point where both are real."""
+    """Whether two values are the same at all points where both are real."""
     compared = False
     for point in range(len(POINTS)):
         try:
@@ -614,8 +615,7 @@ def same(given: str, gold: str) -> bool:
         return bare != {""}
     choice, gold_choice = map(CHOICE.fullmatch, texts)
     if choice and gold_choice:
-        both = choice[2] and gold_choice[2]
-        return choice[1].upper() == gold_choice[1].upper() and not both
+        return choice[1].upper() == gold_choice[1].upper() and not (choice[2] and gold_choice[2])
     if texts[1] not in KNOWN and WORDS.fullmatch(texts[1]):
         words = {re.sub("^(?:an?|the) ", "", text.lower()) for text in texts}
         return len(words) == 1
@@ -633,12 +633,12 @@ def readable(text: str) -> bool:
     words = text.replace('"', "")
     if CHOICE.fullmatch(words) or words not in KNOWN and WORDS.fullmatch(words):
         return len(words.split()) < 5
-    Reader(split_unit(split(text))[0], 0)
-    return True
+    value = split_unit(split(text))[0]
+    return equal_everywhere(value, value)
 
 
 def guarded(function, *texts: str) -> bool:
-    """False instead of an error; one at a time, each with so much work."""
+    """False for an error; one at a time, each with so much work."""
     global spent
     if max(map(len, texts)) > LONGEST:
         return False
