@@ -4,8 +4,8 @@ r"""Is a response's final answer the gold answer? A small, safe checker for math
 
 1. `extract_answer` finds the answer: the last box, <answer> tag, "####" or "the answer is".
 2. `clean` takes off what carries no meaning, and `split` makes tokens of the rest.
-3. `Reader` computes while it reads. A variable is a random number, at several such points: so
-   x(x+1) and x^2+x are the same without algebra (Schwartz-Zippel).
+3. `Reader` computes while it reads. A variable is a random number, several times: so x(x+1) and
+   x^2+x are the same without algebra (Schwartz-Zippel).
 4. `equal` compares: lists in any order, tuples in order.
 5. Where the gold answer is a plain number, work left undone (18+8 for 26) is no answer: a model
    that is paid for it learns to repeat the question.
@@ -69,7 +69,7 @@ def last_box(text: str) -> tuple[str | None, str]:
 
 
 def last_phrase(text: str) -> str | None:
-    """What follows "####" or "the answer is", in the last few lines."""
+    """What follows "####" or "the answer is" in the last lines."""
     lines = [line.strip("` ") for line in text[-4 * LONGEST:].splitlines()]
     text = "\n".join([line for line in lines if line][-LAST_LINES:])
     phrases = ANSWER_IS.split(HEADING.sub("Answer: ", text))
@@ -166,7 +166,8 @@ def clean(text: str) -> str:
     text = " ".join(re.sub('["`“”]', "", to_ascii(text)).split())
     text = WORDING.sub(lambda words: re.sub(r"[^\W\d_]+", r'"\g<0>', words[1]), text)
     for pattern, new in CLEAN:
-        text = pattern.sub(new, text)
+        if pattern.search(text):
+            text = pattern.sub(new, text)
     return text.strip()
 
 
@@ -175,8 +176,8 @@ cdot * times * div / ** ^ lt < gt > le <= leq <= leqslant <= ge >= geq >= geqsla
 ; , & , and , or , lvert | rvert | vert | \% % percent % degree ° degrees ° langle (
 rangle ) infinity infty inf infty varnothing emptyset backslash \setminus
 zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve 12""")
-UNITS = pairs("""centimeter cm millimeter mm kilometer km meter m metre m inch in inche in foot ft
-feet ft mile mi kilogram kg gram g pound lb liter l hour hr minute min second sec year yr mph mph
+UNITS = pairs("""centimeter cm kilometer km meter m metre m inch in inche in foot ft
+feet ft mile mi kilogram kg gram g pound lb liter l hour hr minute min second sec mph mph
 square ^2 sq ^2 cubic ^3 am am pm pm per per""")
 FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan exp ln log".split()
 KNOWN = {*FUNCTION_NAMES, *ALIASES, *(
@@ -299,7 +300,7 @@ def root(n, x):
 
 
 def factorial(x):
-    """x!, also between the integers."""
+    """x!, also between integers."""
     spend(150)
     if abs(x) > 2100:
         raise Unreadable
@@ -629,7 +630,7 @@ def same(given: str, gold: str) -> bool:
 
 
 def readable(text: str) -> bool:
-    """Whether a cleaned answer is a value, a choice or a few words."""
+    """Whether a cleaned answer is a value, choice or a few words."""
     words = text.replace('"', "")
     if CHOICE.fullmatch(words) or words not in KNOWN and WORDS.fullmatch(words):
         return len(words.split()) < 5
