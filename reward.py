@@ -34,7 +34,7 @@ END_OF_TURN = re.compile(  # or the next question
 BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 NOTHING = re.compile(r"[\s.$~{}]*(?:\\(?:text|q?quad|[lc]?dots)[\s{}]*)?")
 ENUMERATION = re.compile(  # between two boxes: ", ", " and $y = "
-    r"[\s$]*(?:,|,?\s*(?:and|or))[\s$]*(?:[a-z]\s*=|\([a-z]\))?[\s$]*")
+    r"[\s$\\()]*(?:,|(?:, ?)?(?:and|or))[\s$\\()]*(?:[a-z](?: ?=|\))[\s$\\(]*)?")
 HEADING = re.compile(  # "Final answer" over the answer, or "#### 42"
     r"^[#*_ ]*(?:final )?answer[*_: ]*\n|(?<!\S)#### *(?!Step|Solution)", re.I | re.M)
 ANSWER_IS = re.compile(
@@ -209,7 +209,7 @@ def split(text: str) -> str:
             tokens.append('"' + token)
         else:
             tokens += token if token.isalpha() else [token]
-    spend(20 * len(tokens))
+    spend(25 * len(tokens))
     text = " ".join(tokens)
     if r"\pm" in text:
         return text.replace(r"\pm", "+") + " , " + text.replace(r"\pm", "-")
@@ -242,7 +242,7 @@ POINTS = [(0.95, 0.99), (10, 40), (-0.9, -0.1), (-40, -10), *[(-3, 3)] * 4]
 LOCK = threading.Lock()  # for mpmath and `spent`
 spent = 0  # of WORK
 Unreadable = ValueError
-NoValue = ArithmeticError  # none that is real at this point
+NoValue = ArithmeticError  # none real at this point
 
 
 def spend(work: int):
@@ -255,7 +255,7 @@ def spend(work: int):
 
 def tag(value) -> str:
     """What a value is: "" for one of mpmath's numbers. All else is a tuple of a tag and values:
-    "list", "set", "vector" (of numbers or rows), "()", "[)" and so on (a point or an interval),
+    "list", "set", "vector" (of numbers or rows), "()", "[)" and so on (points, intervals),
     "<>" (1 < x < 2), "named" (x = 1, y = 2), ":" (a ratio), "text",
     "=" (name or None, right side, left side).
     """
@@ -283,7 +283,7 @@ def multiply(x, y):
 
 
 def power(x, y):
-    """The power; no value where a variable may have made the base negative."""
+    """The power, if a variable cannot have made the base negative."""
     spend(25)
     if not (mp.isint(x) or mp.isint(y) or x.imag) and x.real < 0:
         raise NoValue
@@ -462,7 +462,7 @@ class Reader:
 
     def function(self, name, base):
         r"""\sin 2x, \sin^2 x, \log_2 x"""
-        exponent = self.expression(3) if self.accept("^") else mp.one
+        exponent = self.expression(3) if self.accept("^") else None
         bracket = self.peek in CLOSING
         x = self.expression(3)
         while not bracket and self.starts_factor() and self.peek not in FUNCTION_NAMES:
@@ -470,7 +470,7 @@ class Reader:
         value = function_of(name, x)
         if base:
             value /= function_of("ln", mp.mpf(base) if base.isdigit() else self.variable(base))
-        return power(value, exponent)
+        return power(value, exponent) if exponent else value
 
     def bracket(self, opening):
         """A group, a set, a point, an interval or |x|."""
