@@ -24,7 +24,7 @@ from mpmath.ctx_mp import MPContext
 
 LONGEST = 600  # characters of an answer
 TAIL = 100_000  # characters of a response
-LAST_LINES = 5  # of a response without a box
+LAST_LINES = 5  # of a response with no box
 WORK = 8000  # of one comparison
 
 # ---- extraction
@@ -183,9 +183,9 @@ FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan exp ln log".split
 KNOWN = {*FUNCTION_NAMES, *ALIASES, *(
     "alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi varphi psi omega "
     "pi frac sqrt root infty emptyset reals").split()}
-HEDGES = set("""not no if for or so maybe think probably about approximately almost nearly roughly
-least most more less than when where unless wrong incorrect but except over under to from is between
-any other else mod times dozen th st nd rd""".split())
+HEDGES = {*SCALES, *"""not no if for or so maybe think probably about approximately almost nearly
+roughly least most more less than when where unless wrong incorrect but except over under to from
+is between any other else mod times dozen th st nd rd""".split()}
 TOKEN = re.compile(r"""
     \d[\dA-F]*_\d+  # 1011_2
     | \d*\.\d*\(\d+\)  # 0.1(6)
@@ -257,7 +257,7 @@ def tag(value) -> str:
     """What a value is: "" for one of mpmath's numbers. All else is a tuple of a tag and values:
     "list", "set", "vector" (of numbers or rows), "()", "[)" and so on (points, intervals),
     "<>" (1 < x < 2), "named" (x = 1, y = 2), ":" (a ratio), "text",
-    "=" (name or None, right side, left side).
+    "=" (name or None, right, left).
     """
     return value[0] if isinstance(value, tuple) else ""
 
@@ -652,7 +652,7 @@ def guarded(function, *texts: str) -> bool:
 
 
 def is_equal(given: str, gold: str) -> bool:
-    """Whether two answers are the same, as mathematics or text. Never raises."""
+    """Whether two answers are the same as mathematics or text. Never raises."""
     return given.strip() == gold.strip() != "" or guarded(same, given, gold)
 
 
