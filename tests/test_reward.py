@@ -430,7 +430,7 @@ def test_different(a, b):
     assert not is_equal(a, b) and not is_equal(b, a)
 
 
-@pytest.mark.parametrize("a, b", zip(SPELLINGS.split()[::2], SPELLINGS.split()[1::2]))
+@pytest.mark.parametrize("a, b", list(zip(SPELLINGS.split()[::2], SPELLINGS.split()[1::2])))
 def test_spellings(a, b):
     assert is_equal(a, b)
 
