@@ -24,7 +24,7 @@ from mpmath.ctx_mp import MPContext
 
 LONGEST = 600  # characters of an answer
 TAIL = 100_000  # characters of a response
-LAST_LINES = 5  # of a response with no box
+LAST_LINES = 5  # where no box is
 WORK = 8000  # of one comparison
 
 # ---- extraction
