@@ -108,7 +108,7 @@ def serve(folder):
         aspo.transformers.logging.disable_progress_bar()
         for part in aspo.tiny_model():
             part.save_pretrained(model)
-        aspo.load_model(aspo.Config(model=model))
+        aspo.load_model(model)
     gc.freeze()  # or the first collection of a child copies all that it shares
     for line in sys.stdin:
         request = json.loads(line)
