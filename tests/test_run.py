@@ -15,9 +15,9 @@ from processes import run
 import aspo
 from aspo import Config, UserError
 
-SMALL = ("--steps 3 --sft_steps 10 --prompts 8 --minibatch 4 --group_size 4 --eval_problems 4 --eval_every 2 "
+SMALL = ("--steps 3 --sft_steps 2 --prompts 8 --minibatch 4 --group_size 4 --eval_problems 4 --eval_every 2 "
          "--max_new_tokens 16 --lr 1e-4").split()
-ONE = [*SMALL, "--steps", "1", "--sft_steps", "2"]
+ONE = [*SMALL, "--steps", "1"]
 LEAST = dict(data="arithmetic", instruction="", steps=1, sft_steps=1, prompts=2, minibatch=1, group_size=2, max_new_tokens=8,
              eval_problems=2)
 KEYS = {"step", "reward", "reward_std", "accuracy", "entropy", "response_length", "truncated", "repetition",
