@@ -12,11 +12,11 @@ import aspo
 
 VARIANTS = {  # settings of two updates on a fixed rollout
     "token": {},
-    "sequence": {"loss_agg": "sequence", "micro_tokens": 60},
-    "layers recomputed, KL": {"gradient_checkpointing": True, "kl_coef": 0.3},
+    "sequence, KL, layers recomputed": {"loss_agg": "sequence", "micro_tokens": 60, "kl_coef": 0.3,
+                                        "gradient_checkpointing": True},
     "grpo, clipped": {"loss": "grpo", "minibatch": 2, "grad_clip": 0.05},
 }
-HALF = {"half": {}, "half, layers recomputed": {"gradient_checkpointing": True}}  # as on a GPU, in bf16
+HALF = {"half, layers recomputed": {"gradient_checkpointing": True}}  # as on a GPU, in bf16
 
 
 def rollout(tokenizer):
