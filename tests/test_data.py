@@ -253,7 +253,7 @@ def test_a_run_shows_a_prompt_and_its_answer(model, tmp_path, capsys):
 
 
 def test_a_prompt_that_is_too_long(model, tmp_path, capsys):
-    assert "context has 512" in error_of(
+    assert "context 512" in error_of(
         capsys, *options(model, put(tmp_path, VERL), tmp_path / "run", max_new_tokens=500))
 
 

@@ -309,11 +309,13 @@ def test_a_models_own_sampling_settings_do_not_matter(tiny):
 # -------------------------------------------------------------------------------------------------- half precision
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler")  # fp16's, which wants a GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_copy_for_sampling_in_half_precision(tiny, dtype):
     """As on CUDA: weights in half precision in one, autocast in the other. Rotary frequencies stay in fp32."""
     policy = policy_of(*tiny, lr=0.1, lr_warmup=0)
-    policy.dtype, policy.sampler = dtype, aspo.weights_in(dtype, copy.deepcopy(policy.model))
+    policy.dtype = dtype
+    policy.place(learning=True)
     assert {p.dtype for p in policy.sampler.parameters()} == {dtype}
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     buffers = dict(policy.model.named_buffers())
@@ -354,6 +356,13 @@ def test_cuda_run_in_mixed_precision(tmp_path):
 # ------------------------------------------------------------------------------------------------ problems and refills
 
 
+def stream(n, seed=0, position=0):
+    """A run that gives problems, and nothing else."""
+    problems = [{"problem": str(i), "answer": ""} for i in range(n)]
+    return aspo.Run(Config(seed=seed), out=None, policy=None, reward=None, problems=problems, heldout=[], step=0, before=0.0,
+                    position=position)
+
+
 def test_dynamic_sampling_replaces_uniform_groups(monkeypatch):
     asked = []
 
@@ -364,13 +373,14 @@ def test_dynamic_sampling_replaces_uniform_groups(monkeypatch):
                 for p in problems for k in range(n)]
 
     monkeypatch.setattr(aspo, "roll_out", fake)
-    stream = aspo.Stream([{"problem": str(i), "answer": ""} for i in range(100)], 0, 0)
-    run = types.SimpleNamespace(stream=stream, reward=None, policy=None, cfg=Config(group_size=2, max_refills=20))
-    first = fake(None, stream.take(8), 2, None, None)
+    run = stream(100)
+    run.cfg = Config(group_size=2, max_refills=20)
+    first = fake(None, run.take(8), 2, None, None)
     even = [s for s in first if int(s.problem) % 2 == 0]
     samples = aspo.refill(run, first)
     assert len(samples) == 16 and all(int(s.problem) % 2 == 0 for s in samples)
-    assert samples[:len(even)] == even and len(asked) > 1 and all(n < 8 for n in asked[1:])
+    assert all(s in samples for s in even) and len(asked) > 1 and all(n < 8 for n in asked[1:])
+    assert all(a.problem == b.problem for a, b in zip(samples[::2], samples[1::2]))  # groups side by side
     asked.clear()
     run.cfg = Config(group_size=2, max_refills=1)
     uniform = [s for s in first if int(s.problem) % 2] * 8
@@ -378,9 +388,9 @@ def test_dynamic_sampling_replaces_uniform_groups(monkeypatch):
     assert asked == [len(uniform) // 2]
 
 
-def test_problem_stream_visits_everything_in_an_order_of_its_seed():
+def test_problems_are_all_visited_in_an_order_of_the_seed():
     def take(n, seed=0, position=0):
-        return [row["problem"] for row in aspo.Stream([{"problem": i} for i in range(10)], seed, position).take(n)]
+        return [int(row["problem"]) for row in stream(10, seed, position).take(n)]
 
     assert sorted(take(10)) == list(range(10)) and take(25)[12:] == take(13, position=12)
     assert take(20)[10:] != take(10) != take(10, seed=1)
@@ -477,7 +487,7 @@ def test_kl_pulls_towards_the_reference(tiny):
     for s in samples:
         s.advantage = 0.0
     policy = sgd_policy((moved, tiny[1]), lr=0.05, kl_coef=1.0)
-    policy.add_reference(copy.deepcopy(tiny[0]))
+    policy.reference = aspo.prepare(copy.deepcopy(tiny[0]))
     kl = [torch.cat([s["kl_ref"] for s in aspo.update(policy, samples, policy.cfg)[0]]) for _ in range(8)]
     d = torch.cat([naive_logp(tiny[0], s)[0] - naive_logp(moved, s)[0] for s in samples])
     assert kl[0].sum().item() == pytest.approx((d.exp() - d - 1).sum().item(), rel=1e-3)

@@ -51,7 +51,8 @@ def updates(path):
         policy = aspo.Policy(model, tokenizer, cfg, [aspo.make_problem({"problem": "1+2", "answer": "3"})])
         if cfg.kl_coef:
             torch.manual_seed(2)
-            policy.add_reference(aspo.tiny_model()[0])
+            policy.reference = aspo.prepare(aspo.tiny_model()[0])
+            aspo.shard_model(policy.reference, policy.device, policy.dtype)
         # Adam would blow rounding errors of tiny gradients up
         policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
         share = [s for group in aspo.chunks(rollout(tokenizer), 4)[aspo.rank()::aspo.world()] for s in group]
@@ -155,7 +156,7 @@ if __name__ == "__main__":
 
 def test_a_mini_batch_that_processes_cannot_share(monkeypatch):
     monkeypatch.setattr(aspo, "world", lambda: 3)
-    with pytest.raises(aspo.UserError, match="--minibatch 16 .*divisible by the 3 processes"):
+    with pytest.raises(aspo.UserError, match="--minibatch 16 .*number of processes, 3"):
         aspo.check(aspo.Config())
 
 

@@ -96,13 +96,14 @@ def test_a_local_model_a_jsonl_file_and_every_option(finished, tmp_path, capsys)
 
 def test_the_reference_model_is_the_initial_one_and_only_there_for_the_kl(tmp_path, monkeypatch):
     """After a resume too."""
-    added, real = [], aspo.Policy.add_reference
-    monkeypatch.setattr(aspo.Policy, "add_reference", lambda self, model: added.append(model) or real(self, model))
-    assert aspo.main([*ONE, "--out", str(tmp_path / "a")]) == 0 and not added
+    made, real = [], aspo.initial_model
+    monkeypatch.setattr(aspo, "initial_model", lambda *args: made.append(real(*args)) or made[-1])
+    assert aspo.main([*ONE, "--out", str(tmp_path / "a")]) == 0 and len(made) == 1
     assert aspo.main([*ONE, "--out", str(tmp_path / "b"), "--kl_coef", "0.1"]) == 0
     assert aspo.main(["--resume", str(tmp_path / "b"), "--steps", "2"]) == 0
     assert "kl_ref" in lines(tmp_path / "b")[0] and "kl_ref" not in lines(tmp_path / "a")[0]
-    assert all(a.equal(b) for a, b in zip(*(model.parameters() for model in added)))
+    (_, trained, reference, again) = (torch.cat([p.flatten() for p in model.parameters()]) for model, _ in made)
+    assert reference.equal(again) and not trained.equal(again)
 
 
 @pytest.mark.parametrize("loss", [loss for loss in aspo.WEIGHTS if loss not in ("aspo", "grpo")])
@@ -299,8 +300,8 @@ BAD = {
     "unknown mean": (["--loss_agg", "median"], "choose from token, sequence, constant"),
     "neither true nor false": (["--thinking", "maybe"], "--thinking"),
     "uneven mini-batches": (["--prompts", "10", "--minibatch", "4"], "must divide"),
-    "unknown device": (["--device", "gpu"], "--device gpu"),
-    "mps": (["--device", "mps"], "--device mps"),
+    "unknown device": (["--device", "gpu"], "--device 'gpu'"),
+    "mps": (["--device", "mps"], "--device 'mps'"),
     "missing model": (["--model", "./no/such/model", "--data", "arithmetic"], "./no/such/model"),
     "words for the tiny model": (["--data", "sums"], "tiny model reads only"),
     "missing data": (["--data", "no.jsonl"], "no.jsonl"),
