@@ -1,14 +1,10 @@
-"""Problems, prompts, models and rewards of one's own: files of every kind, hub sets made up in memory, and programs."""
+"""Problems, prompts, models and rewards of one's own: files of every kind, hub sets made up in memory."""
 import functools
 import io
 import json
 import re
-import secrets
 import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import datasets
 import pyarrow
@@ -21,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import aspo
-from aspo import Config, UserError
+from aspo import Config
 
 
 def jsonl(*rows):
@@ -106,6 +102,7 @@ def test_parquet_of_verl(tmp_path):
     assert [p["messages"] for p in problems] == [row["prompt"] for row in rows] and problems[1]["row"] == rows[1]
 
 
+ONE = ["--steps", "1", "--sft_steps", "1"]
 GOOD = b'{"problem": "1+2", "answer": 3}\n'
 BAD_ROWS = {  # bytes, words of the one line
     "unknown columns": (b'{"task": "1", "label": "2"}', ["row 1", "task, label", "question", "final_answer"]),
@@ -128,7 +125,7 @@ BAD_ROWS = {  # bytes, words of the one line
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_bad_row_is_named_in_one_line(case, tmp_path, capsys):
     content, words = BAD_ROWS[case]
-    error = error_of(capsys, "--data", put(tmp_path, content), "--steps", 1, "--sft_steps", 1, "--out", tmp_path / "run")
+    error = error_of(capsys, "--data", put(tmp_path, content), *ONE, "--out", tmp_path / "run")
     assert all(word in error for word in words) and "data.jsonl" in error, error
     assert not (tmp_path / "run").exists()
 
@@ -166,17 +163,13 @@ def test_hub_without_a_network(monkeypatch, tmp_path, capsys):
 
 def test_copies_are_merged_before_the_split_and_evaluation_does_not_move_it(tmp_path):
     """60 problems ten times each; what differs by outer spaces is the same."""
-    rows = [{"problem": " " * (k % 3) + f"{i}+1" + "\n" * (k % 2), "answer": i + 1} for i in range(60) for k in range(10)]
+    rows = [{"problem": " " * (k % 3) + f"{i}+1" + "\n" * (k % 2), "answer": i + 1}
+            for i in range(60) for k in range(10)]
     data = put(tmp_path, jsonl(*rows))
     train, heldout = aspo.load_problems(Config(data=data))
     assert (len(train), len(heldout)) == (48, 12) and len({p["problem"] for p in train + heldout}) == 60
     fewer = aspo.load_problems(Config(data=data, eval_problems=3, seed=7))
     assert fewer == (train, heldout[:3])
-
-
-def test_shared_data_splits_without_overlap(shared):
-    train, heldout = aspo.load_problems(Config(data=str(shared / "data" / "svamp.jsonl"), eval_problems=50))
-    assert len(heldout) == 50 and not {p["problem"] for p in heldout} & {p["problem"] for p in train}
 
 
 def test_built_in_problems():
@@ -243,13 +236,6 @@ def test_messages_go_through_the_chat_template(model):
     assert prompt(plain, instruction="") == "<|user|>6 and 7?<eos><|assistant|>"
     assert "\\boxed{}" in prompt(plain)
     assert prompt(row, None, instruction="") == "Question: Be brief.\n6 and 7?\nAnswer:"
-
-
-def test_a_run_shows_a_prompt_and_its_answer(model, tmp_path, capsys):
-    assert aspo.main(options(model, put(tmp_path, VERL), tmp_path / "run")) == 0
-    said = capsys.readouterr().out
-    prompt = re.search(r"a prompt '<\|system\|>Be brief\.<eos><\|user\|>(\d) and 7\?<eos><\|assistant\|>'", said)
-    assert f"the answer is '{int(prompt[1]) + 7}'" in said  # the gold of that very problem
 
 
 def test_a_prompt_that_is_too_long(model, tmp_path, capsys):
@@ -403,112 +389,3 @@ def test_a_reward_that_is_not_there(reward, reason, workplace, capsys, monkeypat
     monkeypatch.chdir(folder)
     error = error_of(capsys, *knobs(reward=reward))
     assert reward in error and reason in error
-
-
-# -------------------------------------------------------------------------------------------------------- programs
-# An example to copy: a reward that runs the Python function in a response. What it does not protect from:
-# - Cunning. It stops what models stumble into, not an attacker: code inside Python can get around the audit hook, and
-#   then remove files by name or signal processes of its user (started by root, it is nobody in an empty root folder).
-#   Let it run as a user of its own, in a container without network and secrets, which a bug of the kernel still opens.
-# - Answers learned by heart: a program may return constants for the examples it was shown. Keep some out of the prompt.
-# - A busy machine, on which a right program is too slow and scores 0. Limits are Linux's: elsewhere the run ends.
-
-RUNNER = """
-import bisect, collections, copy, functools, heapq, itertools, json, math, operator, os, random, re, resource, string
-import sys, typing
-secret, program, name, inputs = json.load(sys.stdin)
-if os.geteuid() == 0:  # limits do not bind root: see nothing but the empty folder, as nobody
-    os.chroot("."), os.setgroups([]), os.setgid(65534), os.setuid(65534)
-# Seconds, bytes of memory and of output; no file can be opened, no thread or process begun. What is imported works.
-for what, most in dict(CPU=1, AS=2**29, FSIZE=2**20, CORE=0, NOFILE=0, NPROC=0).items():
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
-for module in os, sys.modules["posix"]:
-    del module.mknod, module.mkfifo  # make files without opening them, unseen by the hook
-forbidden = {"open", "os", "signal", "socket", "subprocess", "resource", "ctypes", "shutil"}  # os.remove, os.kill, ...
-sys.addaudithook(lambda event, args: os._exit(1) if event.split(".")[0] in forbidden else None)
-print(secret, flush=True)
-space = {"__name__": "program"}
-exec(program, space)
-print(secret + json.dumps([space[name](*arguments) for arguments in inputs]), flush=True)
-"""
-SECONDS = 5  # a limit for what takes no CPU time, such as sleep
-
-
-def passes(response: str, row: dict) -> float:
-    """1 if the Python function in the response gives what the row's examples expect, else 0."""
-    program = (re.findall(r"```(?:python)?\n(.*?)```", response, re.S) or [response])[-1]
-    inputs, expected = zip(*row["examples"])  # what is expected never leaves this process
-    secret = secrets.token_hex()  # marks the result: anything may be printed
-    told = json.dumps([secret, program, row["function"], inputs])
-    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as out:  # a file has a limit, a pipe has none
-        child = subprocess.Popen([sys.executable, "-I", "-c", RUNNER], stdin=subprocess.PIPE, stdout=out,
-                                 stderr=subprocess.DEVNULL, cwd=empty, env={}, start_new_session=True)
-        try:
-            child.communicate(told.encode(), timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            child.kill()
-            child.wait()
-        out.seek(0)
-        _, *parts = out.read().decode(errors="replace").split(secret)
-    if not parts:
-        raise RuntimeError("the sandbox did not start")
-    try:
-        return float(len(parts) == 2 and json.loads(parts[1]) == list(expected))
-    except (ValueError, RecursionError):  # it found the secret and wrote what it liked
-        return 0.0
-
-
-ADD = {"problem": "Write add(a, b).", "answer": "a + b", "function": "add",
-       "examples": [[[2, 3], 5], [["x", "y"], "xy"]]}
-RIGHT = "def add(a, b):\n    return a + b\n"
-PRINTED = json.dumps([expected for _, expected in ADD["examples"]])
-
-
-def goes_on(attempt):
-    """A program that is right if only it gets over its attempt."""
-    return f"import os\ntry:\n    {attempt}\nexcept OSError:\n    pass\n{RIGHT}"
-
-
-PROGRAMS = {  # 1 for the first three
-    "in a fence": f"The last block counts.\n```python\nadd = None\n```\n```python\n{RIGHT}```\nDone.",
-    "with modules": f"import collections, functools, math, re\nfrom typing import List\n{RIGHT}",
-    "that prints": f"print('[5]')\n{RIGHT}",
-    "wrong": "def add(a, b):\n    return 5\n",
-    "no program": "I would rather not.",
-    "endless loop": "def add(a, b):\n    while True: pass\n",
-    "endless sleep": f"import time\ntime.sleep(1000)\n{RIGHT}",
-    "fork bomb": f"import os\nwhile True: os.fork()\n{RIGHT}",
-    "huge memory": f"hoard = [bytearray(2**28) for _ in range(64)]\n{RIGHT}",
-    "a file": goes_on("open('PLACE/left', 'w').write('x')"),
-    "a folder": goes_on("os.mkdir('PLACE/left')"),
-    "reads": goes_on("open('PLACE/answers').read()"),
-    "removes": goes_on("os.remove('PLACE/answers')"),
-    "kills the trainer": goes_on("os.kill(os.getppid(), 15)"),
-    "prints what is expected": f"print('{PRINTED}')\nimport sys\nsys.exit()\n",
-    "a result without an end": "import json\njson.dumps = lambda x: '[' * 100_000\n" + RIGHT,
-}
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_score_what_they_should_and_leave_nothing_behind(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setitem(globals(), "SECONDS", 2)
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "answers").write_text(PRINTED)
-    for folder in (tmp_path, tmp_path / "temporary"):
-        folder.chmod(0o777)  # what any user may write in
-    assert passes(PROGRAMS[name].replace("PLACE", str(tmp_path)), ADD) == (name in list(PROGRAMS)[:3])
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["answers", "temporary"]
-    assert (tmp_path / "answers").read_text() == PRINTED
-
-
-def test_programs_are_trained_on(model, tmp_path, monkeypatch):
-    """Through the same door as any reward: right and wrong responses of one rollout."""
-    texts = [RIGHT, PROGRAMS["wrong"], PROGRAMS["no program"], PROGRAMS["in a fence"]]
-    monkeypatch.setattr(aspo, "stop_tokens", lambda *args: list(range(258)))  # nothing is cut off
-    monkeypatch.setattr(aspo.Policy, "decode", lambda self, ids, texts=iter(texts * 9): next(texts))
-    rows = [ADD | {"problem": f"{i}: write add(a, b)."} for i in range(5)]
-    cfg = aspo.parse(options(model, put(tmp_path, jsonl(*rows)), tmp_path / "run", eval_samples=4))
-    assert aspo.train(cfg, reward=passes)["reward"] == 0.5

@@ -77,12 +77,6 @@ def test_a_finished_run_goes_on_with_more_steps_and_says_what_else_was_typed(run
     assert aspo.parse(["--resume", str(run)]).lr == 0.001  # it is remembered
 
 
-def test_another_number_of_held_out_problems_does_not_move_the_split(run, finished):
-    back_to(run, 3)
-    assert aspo.main(["--resume", str(run), "--eval_problems", "3"]) == 0
-    assert lines(run, "samples.jsonl") == lines(finished, "samples.jsonl")
-
-
 DAMAGE = {
     "state cut off": lambda folder: (folder / "trainer.pt").write_bytes((folder / "trainer.pt").read_bytes()[:1000]),
     "a pickle that would run code": lambda folder: torch.save(print, folder / "trainer.pt"),
@@ -170,8 +164,8 @@ def fail():
 
 
 @pytest.mark.parametrize("happen, raised", [
-    (lambda: press(1), SystemExit), (lambda: press(2), KeyboardInterrupt), (lambda: press(1, signal.SIGTERM), SystemExit),
-    (fail, RuntimeError)], ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM", "an exception"])
+    (lambda: press(1), SystemExit), (lambda: press(2), KeyboardInterrupt),
+    (lambda: press(1, signal.SIGTERM), SystemExit), (fail, RuntimeError)], ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM", "an exception"])
 def test_in_a_notebook_lock_and_signals_are_given_back(happen, raised, tmp_path):
     """In one Python process: the same folder is resumed, and Ctrl-C is Python's own again."""
     cfg = aspo.parse(["--out", str(tmp_path / "run"), "--steps", "3", *FLAGS])
@@ -234,13 +228,6 @@ def test_a_learning_rate_that_breaks_the_model_ends_the_run(tmp_path, capsys):
     assert len(lines(out)) < 6 and not any(out.glob("checkpoint-*"))
 
 
-def test_steps_without_a_finite_gradient_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(aspo, "group_advantages", lambda rewards, divide: torch.full_like(rewards, torch.inf))
-    assert aspo.main(["--steps", "1", "--out", str(tmp_path / "run"), *FLAGS]) == 0
-    row, = lines(tmp_path / "run")
-    assert row["skipped_steps"] == 4 and row["grad_norm"] == 0
-
-
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 ERRORS = {"CUDA": torch.OutOfMemoryError("CUDA out of memory"),
@@ -260,8 +247,8 @@ def rollout(tokenizer):
 
 def update_policy(tiny, **knobs):
     """Plain gradient descent: Adam would hide what a gradient's size is."""
-    policy = policy_of(*tiny, **dict(minibatch=1, epochs=2, group_size=4, prompts=2, max_new_tokens=16, lr=1.0, lr_warmup=0,
-                                     micro_tokens=100) | knobs)
+    policy = policy_of(*tiny, **dict(minibatch=1, epochs=2, group_size=4, prompts=2, max_new_tokens=16, lr=1.0,
+                                     lr_warmup=0, micro_tokens=100) | knobs)
     policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     return policy
 
@@ -269,11 +256,13 @@ def update_policy(tiny, **knobs):
 @pytest.mark.parametrize("name", ERRORS)
 def test_out_of_memory_in_an_update_halves_the_micro_batch(name, tiny, monkeypatch, capsys):
     """It runs out behind the backward pass of a first micro-batch, too: the gradient is begun anew."""
-    real, results, start, seen = aspo.token_logp, [], aspo.copy.deepcopy(tiny[0].state_dict()), []
+    real, results, seen, passes = aspo.token_logp, [], [], []
+    start = aspo.copy.deepcopy(tiny[0].state_dict())
 
     def limited(policy, model, samples):
         seen.append(len(samples))
-        if len(seen) == 6 or len(samples) > 2:
+        passes.append(torch.is_grad_enabled())
+        if len(samples) > 2 or (passes[-1] and sum(passes) == 2):
             raise ERRORS[name]
         return real(policy, model, samples)
 

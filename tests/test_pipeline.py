@@ -3,20 +3,16 @@ transformers' own forward of one unpadded sequence at a time. test_models.py doe
 import copy
 import math
 import random
-import types
 
 import pytest
 import torch
 import transformers
-from conftest import PROBLEM, policy_of
+from conftest import policy_of
 
 import aspo
 from aspo import Config, Sample, pick
 
 PROMPTS = ["1+2+3+4=", "5+5=", "1+1+1+1+1+1=", "2="]
-SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
-OTHER = dict(model="other", instruction="", max_new_tokens=20)  # knobs of a policy for another model than tiny
 
 
 def ids(tokenizer, text):
@@ -112,24 +108,17 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_does_recompute(tiny)
     assert embedded[:6] == [(1, 4), *[(2, 1)] * 5]  # the cache is on: the group's prompt once, then one token a step
 
 
-RANDOM = {
-    "GPT2": dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5,
-                 attn_pdrop=0.5),
-    "Mixtral": SMALL | dict(num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5, sliding_window=None),
-}
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", RANDOM)
-def test_nothing_random_is_in_the_update(family, checkpointing):
+def test_nothing_random_is_in_the_update(checkpointing):
     """Whatever a config asks for in train mode: log-probabilities are the model's, and the first ratios exactly 1."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, f"{family}Config")(**RANDOM[family], initializer_range=0.2, eos_token_id=None))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, eos_token_id=None,
+        resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
     samples = made_up_samples(aspo.tiny_model()[1], groups=2)
     expected = naive_gradient(model.eval(), samples)
-    policy = policy_of(model.train(), aspo.tiny_model()[1], **OTHER, gradient_checkpointing=checkpointing, prompts=2,
-                       group_size=4, minibatch=2, epochs=2, lr_warmup=0)
+    policy = policy_of(model.train(), aspo.tiny_model()[1], model="gpt2", gradient_checkpointing=checkpointing, prompts=2,
+                       group_size=4, minibatch=2, epochs=2, lr_warmup=0, max_new_tokens=20)
     assert_same(own_gradient(policy, samples), expected)
     stats, norms = aspo.update(policy, samples, policy.cfg)
     assert (stats[0]["log_ratio"] == 0).all() and (stats[-1]["log_ratio"] != 0).any() and norms[0] > 0
@@ -219,15 +208,6 @@ def test_draw_follows_the_probabilities(size):
     assert freedom >= 1 and expected.max() > 3 * expected.min()  # a uniform sampler would not pass
 
 
-def test_rows_are_drawn_apart():
-    """Two rows of one batch with different probabilities, and independent of each other."""
-    torch.manual_seed(0)
-    first, second = aspo.draw(torch.tensor([[0.9, 0.1, 0], [0.0, 0.5, 0.5]]).repeat(20_000, 1)).view(-1, 2).T
-    assert first.bincount(minlength=3).div(20_000).tolist() == pytest.approx([0.9, 0.1, 0], abs=0.01)
-    assert second.bincount(minlength=3).div(20_000).tolist() == pytest.approx([0, 0.5, 0.5], abs=0.015)
-    assert second[first == 1].float().mean().item() == pytest.approx(1.5, abs=0.05)
-
-
 @pytest.mark.parametrize("uniform, expected", [(0.0, 2), (1 - 2**-53, 1), (0.25, 2), (0.75, 1)])
 def test_a_token_of_probability_0_is_never_drawn(uniform, expected, monkeypatch):
     """Whatever the uniform number from [0, 1): its ends fall on the first and the last token that can be drawn."""
@@ -241,7 +221,7 @@ def test_a_token_of_probability_0_is_never_drawn(uniform, expected, monkeypatch)
 
 def test_samples_follow_the_softmax(tiny):
     """Chi-square of first tokens at temperature 0.7 against the exact softmax: 17 degrees, p < 1e-4 above 49."""
-    n, prompt = 4_000, ids(tiny[1], "1+2=")
+    n, prompt = 20_000, ids(tiny[1], "1+2=")
     policy = policy_of(*tiny, sample_rows=n)
     torch.manual_seed(1)
     responses = drawn(policy, [prompt] * n, 1, 0.7)
@@ -295,20 +275,6 @@ def test_what_is_cut_off_scores_nothing_and_long_responses_are_penalised(tiny):
         assert s.correct == -2
 
 
-def test_a_models_own_sampling_settings_do_not_matter(tiny):
-    """top_k, repetition_penalty and their like would make the sampler another policy than the one in the ratio."""
-    model, prompts = tiny[0], [ids(tiny[1], text) for text in PROMPTS]
-    expected, own = generated(model, prompts, 12), model.generation_config
-    own.update(do_sample=True, top_k=1, repetition_penalty=9.0, no_repeat_ngram_size=2, max_length=3, min_new_tokens=2)
-    policy = policy_of(model, tiny[1])
-    assert greedy(policy, prompts, 12) == expected
-    assert len({tuple(r) for r, _, _ in drawn(policy, prompts[:1] * 20, 12)}) == 20
-    assert model.generation_config is own  # it is saved with the model
-
-
-# -------------------------------------------------------------------------------------------------- half precision
-
-
 @pytest.mark.filterwarnings("ignore:.*GradScaler")  # fp16's, which wants a GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_copy_for_sampling_in_half_precision(tiny, dtype):
@@ -339,28 +305,11 @@ def test_the_copy_for_sampling_in_half_precision(tiny, dtype):
     assert flat(policy.sampler).equal(flat(policy.model).to(dtype)) and not flat(policy.sampler).equal(before)
 
 
-def test_cpu_trains_in_fp32(tiny):
-    policy = policy_of(*tiny, device="cpu")
-    assert policy.dtype == torch.float32 and policy.sampler is policy.model and not policy.scaler.is_enabled()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_run_in_mixed_precision(tmp_path):
-    out = tmp_path / "run"
-    assert aspo.main(["--device", "cuda", "--steps", "2", "--sft_steps", "5", "--out", str(out),
-                      "--gradient_checkpointing"]) == 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(out / "checkpoint-2")
-    assert next(model.parameters()).dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------------ problems and refills
-
-
 def stream(n, seed=0, position=0):
     """A run that gives problems, and nothing else."""
     problems = [{"problem": str(i), "answer": ""} for i in range(n)]
-    return aspo.Run(Config(seed=seed), out=None, policy=None, reward=None, problems=problems, heldout=[], step=0, before=0.0,
-                    position=position)
+    nothing = dict.fromkeys(("out", "policy", "reward", "heldout", "step", "before"))
+    return aspo.Run(Config(seed=seed), problems=problems, position=position, **nothing)
 
 
 def test_dynamic_sampling_replaces_uniform_groups(monkeypatch):
@@ -495,29 +444,17 @@ def test_kl_pulls_towards_the_reference(tiny):
     assert flat(policy.reference).equal(flat(tiny[0]))
 
 
-def test_the_sampler_is_the_old_policy_of_the_metrics(tiny):
-    """mismatch is |log pi_old - the sampler's|: 0 for what was sampled here, in fp32."""
-    torch.manual_seed(0)
-    policy = sgd_policy(tiny, lr=0.0, prompts=2, minibatch=2)
-    samples = aspo.roll_out(policy, aspo.make_problems(aspo.BUILT_IN["arithmetic"][:2], "sums"), 4, policy.cfg)
-    for i, s in enumerate(samples):
-        s.advantage = (-1.0) ** i
-    samples[0].sampler_logp = samples[0].sampler_logp + 0.5
-    found = torch.cat([s["mismatch"] for s in aspo.update(policy, samples, policy.cfg)[0]])
-    assert (found > 0.4).sum() == len(samples[0].response) and (found < 1e-4).sum() == (found < 0.4).sum()
-
-
 def test_micro_batches_keep_everything_within_the_budget():
     """Padding included; the longest first, which shows at once what fits."""
     samples = made_up_samples(aspo.tiny_model()[1], groups=8)
     length = lambda s: len(s.prompt + s.response)
-    for budget in range(40, 61, 5):
+    for budget in (40, 60):
         batches = aspo.micro_batches(samples, budget)
         assert sorted(map(id, sum(batches, []))) == sorted(map(id, samples))
         widths = [max(map(length, batch)) for batch in batches]
-        assert widths == sorted(widths, reverse=True) and widths[0] == max(map(length, samples))
-        assert all(len(batch) * width <= budget for batch, width in zip(batches, widths))
-        assert all((len(batch) + 1) * width > budget for batch, width in zip(batches[:-1], widths))  # full
+        assert widths == sorted(widths, reverse=True)
+        assert all(len(batch) * width <= budget < (len(batch) + 1) * width
+                   for batch, width in zip(batches[:-1], widths))  # full
     assert all(len(batch) == 1 for batch in aspo.micro_batches(samples, 1)) and aspo.micro_batches([], 60) == []
 
 
@@ -542,27 +479,6 @@ def test_a_stop_token_that_stands_in_the_chat_template_alone(tiny, ending, found
     assert aspo.stop_tokens(model, tokenizer) == sorted([1, *tokenizer.convert_tokens_to_ids(found)])
 
 
-def test_prompts_use_the_chat_template_and_the_instruction(tiny):
-    model, tokenizer = tiny
-    encode = lambda problem, **knobs: tokenizer.decode(policy_of(model, tokenizer, **knobs).encode(problem))
-    assert encode(PROBLEM, instruction="") == "1+2=" and encode(PROBLEM, instruction="3") == "1+2\n3="
-    chat = PROBLEM | {"messages": [{"role": "user", "content": "4+4"}]}  # has an instruction of its own
-    assert encode(chat, instruction="5") == "4+4="
-
-
-def test_a_prompt_never_ends_in_a_stop_token(tiny):
-    """Some tokenizers end every text with one, which tells the model that all has been said."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tiny[1]
-    tokenizer.chat_template = None
-    policy, eos = policy_of(*tiny, **OTHER), tokenizer.eos_token_id
-    expected = policy.encode(PROBLEM)
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos> <eos>", special_tokens=[("<eos>", eos)])
-    assert tokenizer("1+2").input_ids[-2:] == [eos, eos]
-    assert policy.encode(PROBLEM) == expected and eos not in expected
-
-
 def test_special_tokens_stay_in_the_text_but_for_the_stop_token_and_padding(tiny):
     """What reward, log and eval read is what the model wrote."""
     model, tokenizer = tiny
@@ -573,13 +489,3 @@ def test_special_tokens_stay_in_the_text_but_for_the_stop_token_and_padding(tiny
     assert policy.decode(ids(tokenizer, text) + [tokenizer.eos_token_id]) == text
     assert policy.decode(ids(tokenizer, text)) == text  # cut off
     assert policy.decode([tokenizer.eos_token_id]) == ""
-
-
-def test_demonstrations_work_in_steps_and_sometimes_slip():
-    rng = random.Random(0)
-    demos = [aspo.sloppy_demonstration("3+1+5+2", rng) for _ in range(400)]
-    assert all(d.count("=") == 2 and d.split("=")[0].count("+") == 2 for d in demos)
-    right = sum(d.endswith("\n#### 11") for d in demos) / 400
-    assert 0.34 < right < 0.50  # three additions, all without a slip: .75 ** 3 = .42, four standard errors around it
-    exact = types.SimpleNamespace(random=lambda: 0.9, randrange=rng.randrange, choice=rng.choice)
-    assert {aspo.sloppy_demonstration("3+1+5", exact) for _ in range(50)} == {"4+5=9\n#### 9", "3+6=9\n#### 9"}

@@ -18,8 +18,8 @@ from aspo import Config, UserError
 SMALL = ("--steps 3 --sft_steps 2 --prompts 8 --minibatch 4 --group_size 4 --eval_problems 4 --eval_every 2 "
          "--max_new_tokens 16 --lr 1e-4").split()
 ONE = [*SMALL, "--steps", "1"]
-LEAST = dict(data="arithmetic", instruction="", steps=1, sft_steps=1, prompts=2, minibatch=1, group_size=2, max_new_tokens=8,
-             eval_problems=2)
+LEAST = dict(data="arithmetic", instruction="", steps=1, sft_steps=1, prompts=2, minibatch=1, group_size=2,
+             max_new_tokens=8, eval_problems=2)
 KEYS = {"step", "reward", "reward_std", "accuracy", "entropy", "response_length", "truncated", "repetition",
         "uniform_groups", "tokens", "grad_norm", "skipped_steps", "approx_kl", "sampler_mismatch", "lr",
         "sample_seconds", "update_seconds", "weight_pos_low", "weight_pos_high", "weight_neg_low", "weight_neg_high",
@@ -54,18 +54,16 @@ def test_run_folder(finished):
 def test_checkpoint_loads_and_generates(finished):
     folder = finished[0] / "checkpoint-3"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.decode(tokenizer("3+1\n#### 4").input_ids) == "3+1\n#### 4"
-    chat = [{"role": "user", "content": "1+2+3+4"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert text == "1+2+3+4="
-    assert model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5, do_sample=False).shape[1] > 8
+    inputs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "1+2+3+4"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**inputs, max_new_tokens=5, do_sample=False).shape[1] > 8
 
 
 def test_screen_tells_what_happens(finished):
     out, process = finished
     for words in ("0.3 M parameters", "cpu", "float32", "500 problems", "4 optimiser steps", "a prompt '",
-                  "the answer is", "step 3/3", "entropy", "ratio A>0", "cut off", "tokens/s", "held-out accuracy", str(out)):
+                  "the answer is", "step 3/3", "entropy", "ratio A>0", "cut off", "tokens/s", "held-out accuracy",
+                  "a response ", str(out)):
         assert words in process.out, words
     assert process.err == ""  # bars are for terminals
 
@@ -170,13 +168,6 @@ def test_help_lists_every_knob_with_what_it_does():
     assert all(name in text for name in aspo.WEIGHTS) and "AdamW learning rate" in text
 
 
-def test_a_model_in_this_folder_gives_the_run_a_name(tmp_path, monkeypatch):
-    (tmp_path / "mymodel").mkdir()
-    monkeypatch.chdir(tmp_path / "mymodel")
-    for model in (".", str(tmp_path / "mymodel"), "org/mymodel"):
-        assert aspo.parse(["--model", model, "--data", "d.jsonl"]).out == "runs/mymodel-aspo-s0"
-
-
 # ------------------------------------------------------------------------------------------------ from one's own code
 
 
@@ -222,12 +213,9 @@ def test_an_optimizer_whose_state_holds_numbers_is_saved(tmp_path, monkeypatch):
         self.optimizer = transformers.Adafactor(self.model.parameters(), lr=1e-4, relative_step=False)
 
     monkeypatch.setattr(aspo.Policy, "place", place)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    aspo.train(aspo.parse([*ONE, "--steps", "2", "--out", str(whole)]))
-    aspo.train(aspo.parse([*ONE, "--eval_every", "0", "--out", str(parts)]))
-    aspo.train(aspo.parse(["--resume", str(parts), "--steps", "2"]))
-    same = [{k: v for k, v in lines(run)[1].items() if k != "heldout_accuracy"} for run in (whole, parts)]
-    assert same[0] == same[1]
+    cfg = aspo.parse([*ONE, "--out", str(tmp_path / "run")])
+    aspo.train(cfg)
+    assert aspo.train(aspo.parse(["--resume", cfg.out, "--steps", "2"]))["step"] == 2
 
 
 def test_a_config_with_a_field_of_its_own_and_a_run_without_it(tmp_path, capsys):
