@@ -145,14 +145,6 @@ def test_heldout_problems_of_the_hub_are_never_trained_on(monkeypatch):
     assert {p["problem"] for p in train} == {f"{i}?" for i in range(15)} and len(train) == len(heldout) == 15
 
 
-@pytest.mark.parametrize("splits, words", [(dict(train=[{"task": "1", "label": "2"}]), ["task, label", "row 1"]),
-                                           (dict(dev=[{"problem": "1", "answer": "2"}]), ["train"])])
-def test_a_hub_set_that_cannot_be_used(splits, words, monkeypatch, tmp_path, capsys):
-    hub(monkeypatch, **splits)
-    error = error_of(capsys, "--data", "some/set", "--out", tmp_path / "run")
-    assert all(word in error for word in ["some/set", *words])
-
-
 def test_hub_without_a_network(monkeypatch, tmp_path, capsys):
     def load(*args):
         raise ConnectionError(f"no route to {args[0]}\nmore")

@@ -80,7 +80,6 @@ def test_a_finished_run_goes_on_with_more_steps_and_says_what_else_was_typed(run
 DAMAGE = {
     "state cut off": lambda folder: (folder / "trainer.pt").write_bytes((folder / "trainer.pt").read_bytes()[:1000]),
     "a pickle that would run code": lambda folder: torch.save(print, folder / "trainer.pt"),
-    "weights cut off": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 1000),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
 }
 
@@ -182,7 +181,7 @@ def test_in_a_notebook_lock_and_signals_are_given_back(happen, raised, tmp_path)
 
 
 def test_ctrl_c_while_a_thread_trains_is_the_main_threads(tmp_path):
-    """It trains on, without handlers, and a second run in the same folder is kept out as from anywhere."""
+    """It trains on, without handlers."""
     cfg = aspo.parse(["--out", str(tmp_path / "run"), "--steps", "2", *FLAGS])
     inside, go_on, results = threading.Event(), threading.Event(), []
 
@@ -196,8 +195,6 @@ def test_ctrl_c_while_a_thread_trains_is_the_main_threads(tmp_path):
     assert inside.wait(120)
     with pytest.raises(KeyboardInterrupt):
         press(1)
-    with pytest.raises(UserError, match="another program"):
-        aspo.train(aspo.parse(["--out", cfg.out, *FLAGS]))
     go_on.set()
     thread.join()
     assert results[0]["step"] == 2

@@ -188,7 +188,7 @@ def test_metrics_by_sign():
     ratios, advantages = torch.tensor([0.25, 1.0, 1.5, 0.5, 1.0, 4.0]), torch.tensor([1.0, 1, 1, -1, -1, -1])
     old_logp, mask = torch.tensor([[0.1, 0.9, 0.9, 0.1, 0.1, 0.9]]).log(), torch.ones(1, 6)
     expected = {  # grpo: .25 1 0, 0 1 0; aspo: 3 1 0, 0 1 3
-        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, weight_pos_low=0.25, weight_neg_high=0, clip_frac_neg=2 / 3),
+        "grpo": dict(weight_pos=1.25 / 3, weight_neg=1 / 3, weight_pos_low=.25, weight_neg_high=0, clip_frac_neg=2 / 3),
         "aspo": dict(weight_pos=4 / 3, weight_neg=4 / 3, weight_pos_low=3, weight_neg_high=3, clip_frac_neg=1 / 3)}
     for loss, values in expected.items():
         _, stats = policy_loss(old_logp + ratios.log(), old_logp, advantages[None], mask, Config(loss=loss))

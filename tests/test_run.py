@@ -110,17 +110,6 @@ def test_every_loss_runs(loss, tmp_path):
     assert lines(tmp_path / "run")[0]["grad_norm"] >= 0
 
 
-def test_metrics_of_a_step_without_a_signal_are_null(tmp_path):
-    """Every group uniform: the keys are there, as always."""
-    cfg = aspo.parse([*ONE, "--out", str(tmp_path / "run")])
-    aspo.train(cfg, reward=lambda response, row: -1.0)
-    row, = lines(tmp_path / "run")
-    assert set(row) >= {key for key in KEYS if "seconds" not in key}
-    assert {key for key, value in row.items() if value is None} == {
-        key for key in KEYS if "_pos" in key or "_neg" in key} | {"approx_kl", "sampler_mismatch"}
-    assert row["grad_norm"] == 0 and row["uniform_groups"] == 8 and row["skipped_steps"] == 0
-
-
 # ------------------------------------------------------------------------------------------------ settings and flags
 
 
