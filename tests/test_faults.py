@@ -164,7 +164,8 @@ def fail():
 
 @pytest.mark.parametrize("happen, raised", [
     (lambda: press(1), SystemExit), (lambda: press(2), KeyboardInterrupt),
-    (lambda: press(1, signal.SIGTERM), SystemExit), (fail, RuntimeError)], ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM", "an exception"])
+    (lambda: press(1, signal.SIGTERM), SystemExit), (fail, RuntimeError)],
+    ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM", "an exception"])
 def test_in_a_notebook_lock_and_signals_are_given_back(happen, raised, tmp_path):
     """In one Python process: the same folder is resumed, and Ctrl-C is Python's own again."""
     cfg = aspo.parse(["--out", str(tmp_path / "run"), "--steps", "3", *FLAGS])
