@@ -27,354 +27,118 @@ from reward import extract_answer, is_equal, is_readable, math_reward
 
 EQUAL = r"""
 # numbers
-042 ~ 42
--0 ~ 0
-+7 ~ 7
-.5 ~ \frac12
-5. ~ 5
-2.50 ~ 5/2
-9007199254740993 ~ 9007199254740993.0
-two ~ 2
-\text{twelve} ~ 12
-1e-3 ~ 0.001
-6.02\cdot10^{23} ~ 602\times 10^{21}
-3x10^8 ~ 3\times10^8
-6.5 x 10^{-3} ~ 0.0065
-10^{-400} ~ \frac{1}{10^{400}}
+042 ~ 42   -0 ~ 0   +7 ~ 7   .5 ~ \frac12   5. ~ 5   2.50 ~ 5/2   9007199254740993 ~ 9007199254740993.0
+two ~ 2   \text{twelve} ~ 12   1e-3 ~ 0.001   6.02\cdot10^{23} ~ 602\times 10^{21}   3x10^8 ~ 3\times10^8
+6.5 x 10^{-3} ~ 0.0065   10^{-400} ~ \frac{1}{10^{400}}
 # thousands and decimal commas
-1,000 ~ 1000
-1{,}234{,}567 ~ 1234567
-1\,000 ~ 1000
-1,\!000,\!000 ~ 10^6
-12 345 ~ 12345
-(100,200) ~ (100, 200)
-3{,}14 ~ 3.14
-5{,}40 ~ 5.40
+1,000 ~ 1000   1{,}234{,}567 ~ 1234567   1\,000 ~ 1000   1,\!000,\!000 ~ 10^6   12 345 ~ 12345
+(100,200) ~ (100, 200)   3{,}14 ~ 3.14   5{,}40 ~ 5.40
 # fractions
-\dfrac12 ~ \tfrac{1}{2}
-\frac1{72} ~ 1/72
-\frac{1}3 ~ 1/3
--\frac{1}{2} ~ \frac{-1}{2}
-\frac{1}{-2} ~ -0.5
--(5/8) ~ -\frac58
-3 1/2 ~ 3.5
--2\frac{1}{3} ~ -7/3
-\sfrac{7}{8} ~ 7/8
-\nicefrac{3}{4} ~ 0.75
-{7 \over 8} ~ 7/8
-{x+1 \over 2} ~ \frac{x+1}{2}
+\dfrac12 ~ \tfrac{1}{2}   \frac1{72} ~ 1/72   \frac{1}3 ~ 1/3   -\frac{1}{2} ~ \frac{-1}{2}
+\frac{1}{-2} ~ -0.5   -(5/8) ~ -\frac58   3 1/2 ~ 3.5   -2\frac{1}{3} ~ -7/3   \sfrac{7}{8} ~ 7/8
+\nicefrac{3}{4} ~ 0.75   {7 \over 8} ~ 7/8   {x+1 \over 2} ~ \frac{x+1}{2}
 # repeating decimals
-0.\overline{3} ~ 1/3
-0.1\overline{6} ~ 1/6
-0.(142857) ~ 1/7
-0.333... ~ \frac13
-0.1212\ldots ~ 4/33
+0.\overline{3} ~ 1/3   0.1\overline{6} ~ 1/6   0.(142857) ~ 1/7   0.333... ~ \frac13   0.1212\ldots ~ 4/33
 0.\bar{9} ~ 1
 # roots and constants
-\sqrt{8} ~ 2\sqrt2
-\frac{1}{\sqrt3} ~ \frac{\sqrt{3}}{3}
-\sqrt[3]{54} ~ 3\sqrt[3]{2}
-\sqrt[3]{-2} ~ -\sqrt[3]{2}
-sqrt(2)/2 ~ \frac{\sqrt{2}}{2}
-\sqrt{3+2\sqrt2} ~ 1+\sqrt2
-2pi ~ \pi+\pi
-\tan^{-1} 1 ~ \frac{\pi}{4}
-(1+i)^2 ~ 2i
-\frac{1+i\sqrt3}{2} ~ e^{i\pi/3}
-e^2 ~ \exp(2)
+\sqrt{8} ~ 2\sqrt2   \frac{1}{\sqrt3} ~ \frac{\sqrt{3}}{3}   \sqrt[3]{54} ~ 3\sqrt[3]{2}
+\sqrt[3]{-2} ~ -\sqrt[3]{2}   sqrt(2)/2 ~ \frac{\sqrt{2}}{2}   \sqrt{3+2\sqrt2} ~ 1+\sqrt2   2pi ~ \pi+\pi
+\tan^{-1} 1 ~ \frac{\pi}{4}   (1+i)^2 ~ 2i   \frac{1+i\sqrt3}{2} ~ e^{i\pi/3}   e^2 ~ \exp(2)
 30^\circ ~ \frac{\pi}{6}
 # expressions
-x^2-1 ~ (x-1)(x+1)
-\frac{x^2-1}{x-1} ~ x+1
-\frac{n(n+1)}{2} ~ \frac{n^2+n}{2}
-x_1+x_{2} ~ x_2 + x_1
-x^{-1} ~ 1/x
--(x-y) ~ y-x
-xy ~ yx
-\alpha\beta ~ \beta \alpha
-\ln x^2 ~ 2\ln x
-\log_3 27x ~ 3+\log_3 x
-\sin 2x ~ 2\sin x\cos x
-\sec^2 x ~ 1+\tan^2 x
-n! ~ n\cdot(n-1)!
-e^{x+y} ~ e^x e^y
-|x-1| ~ \left|1-x\right|
-\sqrt{x^2} ~ |x|
-\sqrt[3]{x^3} ~ x
-\frac{1}{2}x ~ 1/2x
+x^2-1 ~ (x-1)(x+1)   \frac{x^2-1}{x-1} ~ x+1   \frac{n(n+1)}{2} ~ \frac{n^2+n}{2}   x_1+x_{2} ~ x_2 + x_1
+x^{-1} ~ 1/x   -(x-y) ~ y-x   xy ~ yx   \alpha\beta ~ \beta \alpha   \ln x^2 ~ 2\ln x   \log_3 27x ~ 3+\log_3 x
+\sin 2x ~ 2\sin x\cos x   \sec^2 x ~ 1+\tan^2 x   n! ~ n\cdot(n-1)!   e^{x+y} ~ e^x e^y
+|x-1| ~ \left|1-x\right|   \sqrt{x^2} ~ |x|   \sqrt[3]{x^3} ~ x   \frac{1}{2}x ~ 1/2x
 # units
-5\text{ cm} ~ 5
-25\text{ m}^2 ~ 25
-9.8\,\text{m/s}^2 ~ 9.8
-12\text{ inches} ~ 12 in
-5 metres ~ 5\text{ m}
-16 square centimeters ~ 16\text{ cm}^2
-9 cubic feet ~ 9\text{ ft}^3
-10 s ~ 10 seconds
-1,000.99m² ~ 1000.99
-\text{6 units} ~ 6
-60 miles per hour ~ 60
-7:30 pm ~ 7:30 PM
+5\text{ cm} ~ 5   25\text{ m}^2 ~ 25   9.8\,\text{m/s}^2 ~ 9.8   12\text{ inches} ~ 12 in
+5 metres ~ 5\text{ m}   16 square centimeters ~ 16\text{ cm}^2   9 cubic feet ~ 9\text{ ft}^3
+10 s ~ 10 seconds   1,000.99m² ~ 1000.99   \text{6 units} ~ 6   60 miles per hour ~ 60   7:30 pm ~ 7:30 PM
 # money, per cent, degrees, scales
-\$5.00 ~ 5
--\$3 ~ -3
-5 dollars ~ \$5
-USD 18 ~ 18
-35\% ~ 0.35
-28 percent ~ 28\%
-33\frac13\% ~ 1/3
-90^{\circ} ~ 90
-25 °C ~ 25
-(30^\circ, 60^\circ) ~ (30,60)
-5 million ~ 5000000
-3 hundred ~ 300
+\$5.00 ~ 5   -\$3 ~ -3   5 dollars ~ \$5   USD 18 ~ 18   35\% ~ 0.35   28 percent ~ 28\%   33\frac13\% ~ 1/3
+90^{\circ} ~ 90   25 °C ~ 25   (30^\circ, 60^\circ) ~ (30,60)   5 million ~ 5000000   3 hundred ~ 300
 # names
-x=5 ~ 5
-5 = x ~ 5
-\frac12 = k ~ 0.5
-AB = 5 ~ 5
-|AB| = 5 ~ 5
-AB + BC = 12 ~ 12
-m+n=17 ~ 17
-m\angle C=50^\circ ~ 50
-f^{-1}(x)=x-1 ~ x-1
-\text{total cost} = 12 ~ 12
-\text{Total: } 42 ~ 42
-x = \frac{1}{2} = 0.5 ~ 0.5
-x \in [1,2] ~ [1,2]
-(x,y)=(2,5) ~ (2,5)
+x=5 ~ 5   5 = x ~ 5   \frac12 = k ~ 0.5   AB = 5 ~ 5   |AB| = 5 ~ 5   AB + BC = 12 ~ 12   m+n=17 ~ 17
+m\angle C=50^\circ ~ 50   f^{-1}(x)=x-1 ~ x-1   \text{total cost} = 12 ~ 12   \text{Total: } 42 ~ 42
+x = \frac{1}{2} = 0.5 ~ 0.5   x \in [1,2] ~ [1,2]   (x,y)=(2,5) ~ (2,5)
 # equations
-y=2x+3 ~ y-2x-3=0
-2y = 4x + 6 ~ y=2x+3
-3x-5=y ~ y=3x-5
-x^2+y^2=1 ~ y^2 = 1-x^2
-y<2x+1 ~ 2x+1>y
+y=2x+3 ~ y-2x-3=0   2y = 4x + 6 ~ y=2x+3   3x-5=y ~ y=3x-5   x^2+y^2=1 ~ y^2 = 1-x^2   y<2x+1 ~ 2x+1>y
 # lists and sets
-1, 2 and 3 ~ 3,2,1
-1;2 ~ 2,1
-\{1,2\} ~ 2, 1
-\{1,1,2\} ~ \{2,1\}
-3\pm\sqrt2 ~ 3-\sqrt{2}, 3+\sqrt{2}
-x=1 or x=-2 ~ \{-2,1\}
-\{\} ~ \varnothing
-\{1\}\cup\{2\} ~ \{1,2\}
-(1,2),(3,4) ~ (3,4), (1,2)
-1, 3, \ldots, n ~ 1,3,\dots,n
-C, A ~ A and C
-x=1, y=2 ~ (1,2)
-x=1, y=2 ~ y=2, x=1
-x=1, y=2 ~ 1, 2
-x_1=5, x_2=-3 ~ x_1=-3, x_2=5
-x_1=5, x_2=-3 ~ -3, 5
+1, 2 and 3 ~ 3,2,1   1;2 ~ 2,1   \{1,2\} ~ 2, 1   \{1,1,2\} ~ \{2,1\}   3\pm\sqrt2 ~ 3-\sqrt{2}, 3+\sqrt{2}
+x=1 or x=-2 ~ \{-2,1\}   \{\} ~ \varnothing   \{1\}\cup\{2\} ~ \{1,2\}   (1,2),(3,4) ~ (3,4), (1,2)
+1, 3, \ldots, n ~ 1,3,\dots,n   C, A ~ A and C   x=1, y=2 ~ (1,2)   x=1, y=2 ~ y=2, x=1   x=1, y=2 ~ 1, 2
+x_1=5, x_2=-3 ~ x_1=-3, x_2=5   x_1=5, x_2=-3 ~ -3, 5
 # points, vectors and matrices
-(0.5,1) ~ \left( \frac12 , 1 \right)
-(2;4) ~ (2,4)
-\langle 1,2,3\rangle ~ (1,2,3)
-\begin{pmatrix}1\\2\end{pmatrix} ~ (1,2)
-\begin{pmatrix}1\\2\\3\end{pmatrix} ~ [1,2,3]
+(0.5,1) ~ \left( \frac12 , 1 \right)   (2;4) ~ (2,4)   \langle 1,2,3\rangle ~ (1,2,3)
+\begin{pmatrix}1\\2\end{pmatrix} ~ (1,2)   \begin{pmatrix}1\\2\\3\end{pmatrix} ~ [1,2,3]
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{bmatrix} 1 & 2 \\ 3 & 4 \\ \end{bmatrix}
 \left(\begin{array}{cc}1&2\\3&4\end{array}\right) ~ \begin{pmatrix}1&2\\3&4\end{pmatrix}
 \begin{bmatrix}1&2\\3&4\end{bmatrix} ~ [[1,2],[3,4]]
-\frac13\begin{pmatrix}1&0\\0&1\end{pmatrix} ~ \begin{pmatrix}1/3&0\\0&1/3\end{pmatrix}
-6:4 ~ 3:2
+\frac13\begin{pmatrix}1&0\\0&1\end{pmatrix} ~ \begin{pmatrix}1/3&0\\0&1/3\end{pmatrix}   6:4 ~ 3:2
 # intervals
-[4,\infty) ~ x \ge 4
-3\geqslant x>1 ~ (1,3]
-x<1 \text{ or } x>2 ~ (2,\infty)\cup(-\infty,1)
-]2,5] ~ (2,5]
-]-\infty,1[\cup]2,\infty[ ~ (-\infty,1)\cup(2,\infty)
-x \ne 3 ~ (-\infty,3)\cup(3,\infty)
-x \in \mathbb{R}, x \neq 2 ~ \mathbb{R}\setminus\{2\}
-x \neq 1, 3 ~ (-\infty,1)\cup(1,3)\cup(3,\infty)
-(-\infty,\infty)\setminus\{-1,1\} ~ \mathbb R \backslash \{1,-1\}
-\{x \mid x > 3\} ~ (3,\infty)
-\{x\in\mathbb{R} : 2\le x<5\} ~ [2,5)
-|x|<3 ~ (-3,3)
-|y| \leq 4 ~ -4 \le y \le 4
+[4,\infty) ~ x \ge 4   3\geqslant x>1 ~ (1,3]   x<1 \text{ or } x>2 ~ (2,\infty)\cup(-\infty,1)   ]2,5] ~ (2,5]
+]-\infty,1[\cup]2,\infty[ ~ (-\infty,1)\cup(2,\infty)   x \ne 3 ~ (-\infty,3)\cup(3,\infty)
+x \in \mathbb{R}, x \neq 2 ~ \mathbb{R}\setminus\{2\}   x \neq 1, 3 ~ (-\infty,1)\cup(1,3)\cup(3,\infty)
+(-\infty,\infty)\setminus\{-1,1\} ~ \mathbb R \backslash \{1,-1\}   \{x \mid x > 3\} ~ (3,\infty)
+\{x\in\mathbb{R} : 2\le x<5\} ~ [2,5)   |x|<3 ~ (-3,3)   |y| \leq 4 ~ -4 \le y \le 4
 \text{all real numbers} ~ \mathbb{R}
 # words and choices
-\text{east} ~ East
-\text{a circle} ~ the circle
-\mathrm{No solution.} ~ no solution
-\text{(B)} ~ B
-D ~ (D) Alina
-\textbf{(C)}\ 5 ~ c
-(B) 12 ~ 12
-\text{June 20} ~ June 20
-2023-10-12 ~ 2023-10-12
-204_5 ~ 204_{5}
-x\equiv 5 \pmod{7} ~ x \equiv 5\pmod 7
+\text{east} ~ East   \text{a circle} ~ the circle   \mathrm{No solution.} ~ no solution   \text{(B)} ~ B
+D ~ (D) Alina   \textbf{(C)}\ 5 ~ c   (B) 12 ~ 12   \text{June 20} ~ June 20   2023-10-12 ~ 2023-10-12
+204_5 ~ 204_{5}   x\equiv 5 \pmod{7} ~ x \equiv 5\pmod 7
 # notes
-2k\pi, \quad k \in \mathbb{Z} ~ 2k\pi
-3k \text{ where } k \in \mathbb{Z} ~ 3k
-2n \text{ where } n \text{ is an integer} ~ 2n
-x^2+c, \text{ for any constant } c ~ x^2+c
-\sqrt2 \approx 1.414 ~ \sqrt2
-\frac{1}{3} \approx 0.33 ~ 1/3
-x \approx 2.35 ~ 2.35
+2k\pi, \quad k \in \mathbb{Z} ~ 2k\pi   3k \text{ where } k \in \mathbb{Z} ~ 3k
+2n \text{ where } n \text{ is an integer} ~ 2n   x^2+c, \text{ for any constant } c ~ x^2+c
+\sqrt2 \approx 1.414 ~ \sqrt2   \frac{1}{3} \approx 0.33 ~ 1/3   x \approx 2.35 ~ 2.35
 # wrappers
-$5$ ~ 5
-\( 5 \) ~ 5
-**42** ~ 42
-`42` ~ 42
-“42” ~ 42
-\boxed{42} ~ 42
-{\color{red}{6}} ~ 6
-\displaystyle\mathbf{42}. ~ 42
-\bf 42 ~ 42
-((((5)))) ~ 5
+$5$ ~ 5   \( 5 \) ~ 5   **42** ~ 42   `42` ~ 42   “42” ~ 42   \boxed{42} ~ 42   {\color{red}{6}} ~ 6
+\displaystyle\mathbf{42}. ~ 42   \bf 42 ~ 42   ((((5)))) ~ 5
 # Unicode
-−5 ~ -5
-٤٢ ~ 42
-４２ ~ 42
-x²−4 ~ (x-2)(x+2)
-10⁻³ ~ 0.001
-3½ ~ 3.5
-2√3 ~ \sqrt{12}
-π/2 ~ \frac{\pi}{2}
-x≤5 ~ (-\infty,5]
-（1，2） ~ (1,2)
-3×10⁴ ~ 30000
-±3 ~ 3,-3
+−5 ~ -5   ٤٢ ~ 42   ４２ ~ 42   x²−4 ~ (x-2)(x+2)   10⁻³ ~ 0.001   3½ ~ 3.5   2√3 ~ \sqrt{12}
+π/2 ~ \frac{\pi}{2}   x≤5 ~ (-\infty,5]   （1，2） ~ (1,2)   3×10⁴ ~ 30000   ±3 ~ 3,-3
 """
 DIFFERENT = r"""
 # numbers
-42 ~ 43
--5 ~ 5
-17.5 ~ 17
-9007199254740993 ~ 9007199254740992
-1.9999 ~ 2
-10^{-400} ~ 0
-\frac{1}{2^{99}} ~ \frac{1}{2^{98}}
-1.000 ~ 1000
-1234 ~ 12,34
-12 5 ~ 125
-1371/2 ~ 137\frac12
-3.2 ~ 3.2\times 10^5
-0.1 + 0.2 ~ 0.30000000000000004
-3{,}14 ~ 314
-0,5 ~ 0.5
+42 ~ 43   -5 ~ 5   17.5 ~ 17   9007199254740993 ~ 9007199254740992   1.9999 ~ 2   10^{-400} ~ 0
+\frac{1}{2^{99}} ~ \frac{1}{2^{98}}   1.000 ~ 1000   1234 ~ 12,34   12 5 ~ 125   1371/2 ~ 137\frac12
+3.2 ~ 3.2\times 10^5   0.1 + 0.2 ~ 0.30000000000000004   3{,}14 ~ 314   0,5 ~ 0.5
 # fractions
-0.33 ~ 1/3
-0.\overline{27} ~ 0.27
-\frac{1}{3} ~ 0.3
-\frac{x+1}{2} ~ x+1/2
-3\frac12 ~ 31/2
+0.33 ~ 1/3   0.\overline{27} ~ 0.27   \frac{1}{3} ~ 0.3   \frac{x+1}{2} ~ x+1/2   3\frac12 ~ 31/2
 1/0 ~ 1/0 + 1
 # roots and constants
-\sqrt[3]{4} ~ \sqrt{4}
-\sqrt[3]{-8} ~ 2
-\sqrt[4]{-16} ~ -2
-\sqrt2 ~ 1.41421356237309504880168872420969807856967
-\pi ~ 22/7
-e^{\pi\sqrt{163}} ~ 262537412640768744
-6i-1 ~ 6-i
-2i ~ 2
-\log_2 8 ~ \log_3 8
-30 ~ \frac{\pi}{6}
+\sqrt[3]{4} ~ \sqrt{4}   \sqrt[3]{-8} ~ 2   \sqrt[4]{-16} ~ -2
+\sqrt2 ~ 1.41421356237309504880168872420969807856967   \pi ~ 22/7   e^{\pi\sqrt{163}} ~ 262537412640768744
+6i-1 ~ 6-i   2i ~ 2   \log_2 8 ~ \log_3 8   30 ~ \frac{\pi}{6}
 # expressions
-x^2+1 ~ (x+1)^2
-x_1 ~ x_2
-ab^2 ~ (ab)^2
-\sqrt{x^2} ~ x
-x5 ~ 5x
-2x+c ~ 2x+C
-x ~ x + 10^{-100}
+x^2+1 ~ (x+1)^2   x_1 ~ x_2   ab^2 ~ (ab)^2   \sqrt{x^2} ~ x   x5 ~ 5x   2x+c ~ 2x+C   x ~ x + 10^{-100}
 x^{2025}-1 ~ x^{2025}-2
 # remarks
-5 \text{ or so} ~ 5
-5 approximately ~ 5
-5\text{ if }x>0 ~ 5
-5\text{ i think} ~ 5
-\text{not }5 ~ 5
-5^{\text{th}} ~ 5
-5 dozen ~ 5
-5? ~ 5
-~5 ~ 5
-5n \text{ for some integer } n ~ 5
+5 \text{ or so} ~ 5   5 approximately ~ 5   5\text{ if }x>0 ~ 5   5\text{ i think} ~ 5   \text{not }5 ~ 5
+5^{\text{th}} ~ 5   5 dozen ~ 5   5? ~ 5   ~5 ~ 5   5n \text{ for some integer } n ~ 5
 # units
-5 cm ~ 5 m
-5 m ~ 5 feet
-4 cm^2 ~ 4 cm^3
-3 hours ~ 3 minutes
-5\text{ cents} ~ \$5
-12\text{ ft}^2 ~ 144
-3:30\text{ AM} ~ 3:30 pm
-5k ~ 5
-5 million ~ 5
-one hundred ~ 1
-53% ~ 35%
-35 ~ 0.35
+5 cm ~ 5 m   5 m ~ 5 feet   4 cm^2 ~ 4 cm^3   3 hours ~ 3 minutes   5\text{ cents} ~ \$5   12\text{ ft}^2 ~ 144
+3:30\text{ AM} ~ 3:30 pm   5k ~ 5   5 million ~ 5   one hundred ~ 1   53% ~ 35%   35 ~ 0.35
 # names
-xy=5 ~ 5
-x+y=5 ~ 5
-2x+1=7 ~ 7
-x = 3 = 4 = 5 ~ 5
-y=7 ~ x=7
-f(x)=x ~ g(x)=x
-5=i ~ 5
-5=x+1 ~ 5
-5 \ne 6 ~ 5
-5 \approx 6 ~ 5
-\sqrt5 \approx 3.5 ~ \sqrt5
-\frac{22}{7} \approx 3.14 ~ \pi
+xy=5 ~ 5   x+y=5 ~ 5   2x+1=7 ~ 7   x = 3 = 4 = 5 ~ 5   y=7 ~ x=7   f(x)=x ~ g(x)=x   5=i ~ 5   5=x+1 ~ 5
+5 \ne 6 ~ 5   5 \approx 6 ~ 5   \sqrt5 \approx 3.5 ~ \sqrt5   \frac{22}{7} \approx 3.14 ~ \pi
 # equations
-y=2x+3 ~ y=3x+2
-y<2x+1 ~ y\le 2x+1
-y=y ~ y=x
+y=2x+3 ~ y=3x+2   y<2x+1 ~ y\le 2x+1   y=y ~ y=x
 # lists and sets
-5 or 6 ~ 5
-1,1,2 ~ 1,2,2
-1,1,2 ~ \{1,2\}
-\pm 3 ~ 3
-\emptyset ~ 0
-1,2 ~ (2,1)
-3\pm\sqrt2 ~ 3+\sqrt2
-x=2,y=1 ~ x=1,y=2
-a_1=1, a_2=2 ~ a_1=2, a_2=1
-\{1,2,\ldots,10\} ~ \{1,2,\ldots,11\}
+5 or 6 ~ 5   1,1,2 ~ 1,2,2   1,1,2 ~ \{1,2\}   \pm 3 ~ 3   \emptyset ~ 0   1,2 ~ (2,1)   3\pm\sqrt2 ~ 3+\sqrt2
+x=2,y=1 ~ x=1,y=2   a_1=1, a_2=2 ~ a_1=2, a_2=1   \{1,2,\ldots,10\} ~ \{1,2,\ldots,11\}
 # points, vectors and matrices
-(2,1) ~ (1,2)
-1.2 ~ (1,2)
-(1,2) ~ [1,2]
-[1,2,3] ~ [2,1,3]
-1<x<2 ~ \begin{pmatrix}1\\2\end{pmatrix}
-\begin{pmatrix}1\\2\end{pmatrix} ~ [1,2]
-\begin{pmatrix}1&2\end{pmatrix} ~ \begin{pmatrix}1\\2\end{pmatrix}
-\begin{pmatrix}1&3\\2&4\end{pmatrix} ~ [[1,2],[3,4]]
-3:2 ~ 2:3
+(2,1) ~ (1,2)   1.2 ~ (1,2)   (1,2) ~ [1,2]   [1,2,3] ~ [2,1,3]   1<x<2 ~ \begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} ~ [1,2]   \begin{pmatrix}1&2\end{pmatrix} ~ \begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix}1&3\\2&4\end{pmatrix} ~ [[1,2],[3,4]]   3:2 ~ 2:3
 # intervals
-[0,9) ~ (0,9)
-]2,5] ~ [2,5]
-[2,5[ ~ [2,5]
-x>4 ~ x \ge 4
-|x|<3 ~ [-3,3]
-x \ne 3 ~ (-\infty,2)\cup(2,\infty)
-x \ne 5 ~ 5
-(1,2) ~ (1,2)\cup(3,4)
-\infty ~ -\infty
+[0,9) ~ (0,9)   ]2,5] ~ [2,5]   [2,5[ ~ [2,5]   x>4 ~ x \ge 4   |x|<3 ~ [-3,3]
+x \ne 3 ~ (-\infty,2)\cup(2,\infty)   x \ne 5 ~ 5   (1,2) ~ (1,2)\cup(3,4)   \infty ~ -\infty
 \mathbb{R} ~ \mathbb{Z}
 # words, choices, dates and scores
-no ~ on
-add ~ dad
-even ~ odd
-(A) (B) ~ A
-A or B ~ A
-(B) 12 ~ (C)
-(B) 12 ~ 13
-2023-10-12 ~ 2023-12-10
-4-2 ~ 3-1
-101_2 ~ 101_3
-101_2 ~ 5
+no ~ on   add ~ dad   even ~ odd   (A) (B) ~ A   A or B ~ A   (B) 12 ~ (C)   (B) 12 ~ 13
+2023-10-12 ~ 2023-12-10   4-2 ~ 3-1   101_2 ~ 101_3   101_2 ~ 5
 # struck out and spoilt
-\cancel{5} ~ 5
-5̸ ~ 5
-(5 ~ 5
-5.0.0 ~ 5
-x² ~ x2
-1+\sq\degree rt2 ~ 1+\sqrt2
-x-y%=1 ~ x-y=1
-nan ~ 5
+\cancel{5} ~ 5   5̸ ~ 5   (5 ~ 5   5.0.0 ~ 5   x² ~ x2   1+\sq\degree rt2 ~ 1+\sqrt2   x-y%=1 ~ x-y=1   nan ~ 5
 """
 UNFINISHED = r"""18 + 8 ~ 26
 25 * 5 ~ 125
@@ -401,13 +165,13 @@ where unless wrong incorrect but except over under to from is between any other 
 
 
 def cases(table: str) -> list:
-    """(answer, gold) of each line, under its kind."""
+    """(answer, gold) of each pair, under its kind; three blanks stand between pairs."""
     kind, rows = "", []
     for line in table.strip().splitlines():
         if line.startswith("# "):
             kind = line[2:]
         else:
-            rows.append(pytest.param(*line.rsplit(" ~ ", 1), id=f"{kind}: {line}"))
+            rows += [pytest.param(*pair.rsplit(" ~ ", 1), id=f"{kind}: {pair}") for pair in line.split("   ")]
     return rows
 
 
