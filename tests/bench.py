@@ -44,7 +44,7 @@ class Bench:
         self.args, self.cfg = args, config_of(args)
         torch.manual_seed(0)
         problem = aspo.make_problem({"problem": "1+1", "answer": "2"})
-        self.policy = aspo.Policy(*aspo.load_model(self.cfg), self.cfg, [problem])
+        self.policy = aspo.Policy(*aspo.load_model(args.model), self.cfg, [problem])
         vocabulary, generator = self.policy.model.config.vocab_size, torch.Generator().manual_seed(1)
 
         def text(n):
@@ -132,7 +132,7 @@ def step_of_ours(args) -> tuple:
     """A rollout and two optimiser steps on all of it."""
     cfg = config_of(args, epochs=2, loss="grpo")
     problems = [aspo.make_problem({"problem": question, "answer": "0"}) for question in questions(args)]
-    policy = aspo.Policy(*aspo.load_model(cfg), cfg, problems)
+    policy = aspo.Policy(*aspo.load_model(args.model), cfg, problems)
 
     def work():
         samples = aspo.roll_out(policy, problems, args.group, cfg)

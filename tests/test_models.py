@@ -120,7 +120,7 @@ def check_steps(model, tokenizer, checkpointing=True):
 def test_a_step_is_that_of_one_sequence_at_a_time(kind, tmp_path):
     name, settings = KINDS[kind]
     folder = save(tmp_path, random_model(tiny_config(name, **settings)))
-    samples = check_steps(*aspo.load_model(aspo.Config(model=folder)))
+    samples = check_steps(*aspo.load_model(folder))
     assert len({len(s.response) for s in samples}) > 2  # rows have left the batch at different steps
 
 
