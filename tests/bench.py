@@ -9,10 +9,10 @@ CPU time is what other programs disturb least; with a GPU it means nothing.
 """
 import argparse
 import importlib.util
-import statistics
 import sys
 import tempfile
 import time
+from statistics import median
 
 import torch
 from conftest import aspo
@@ -22,12 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, or a folder")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompt_tokens", type=int, default=96, help="on average: they have from 3/4 to 5/4 of it")
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--micro_tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    for name, default in dict(prompts=4, group=8, prompt_tokens=96, new_tokens=128, micro_tokens=2048,
+                              rounds=5).items():  # prompts have from 3/4 to 5/4 of prompt_tokens
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--trl", action="store_true", help="whole steps beside TRL's instead")
     return parser.parse_args(argv)
 
@@ -48,20 +45,18 @@ class Bench:
         vocabulary, generator = self.policy.model.config.vocab_size, torch.Generator().manual_seed(1)
 
         def text(n):
-            return torch.randint(3, vocabulary, (n,), generator=generator).tolist()
+            return torch.randint(3, vocabulary, (int(n),), generator=generator).tolist()
 
         # Random stop tokens: responses get geometric lengths, about half of new_tokens on average.
         order = torch.randperm(vocabulary, generator=generator)
         self.policy.stop_ids = order[:max(1, 2 * vocabulary // args.new_tokens)].tolist()
-        lengths = [int(args.prompt_tokens * (0.75 + (i + 0.5) / args.prompts / 2)) for i in range(args.prompts)]
-        self.prompts = [text(n) for n in lengths]
+        self.prompts = [text(args.prompt_tokens * (0.75 + (i + 0.5) / args.prompts / 2)) for i in range(args.prompts)]
         self.samples = []  # a rollout for the update, the same for both sides
-        for prompt in self.prompts:
-            for k in range(args.group):
-                length = int(torch.empty(()).exponential_(2 / args.new_tokens, generator=generator)) + 1
-                response = text(min(length, args.new_tokens))
-                self.samples.append(aspo.Sample("", "", prompt, response, advantage=(-1.0) ** k,
-                                                sampler_logp=torch.zeros(len(response))))
+        lengths = torch.empty(args.prompts, args.group).exponential_(2 / args.new_tokens, generator=generator)
+        for prompt, of_group in zip(self.prompts, lengths.clamp(1, args.new_tokens).tolist()):
+            for k, length in enumerate(of_group):
+                self.samples.append(aspo.Sample("", "", prompt, text(length), advantage=(-1.0) ** k,
+                                                sampler_logp=torch.zeros(int(length))))
         self.norm = sum(len(s.response) for s in self.samples)
 
     def sampling_ours(self) -> int:
@@ -112,8 +107,7 @@ class Bench:
 
 def now() -> tuple:
     """Wall and CPU time."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
     return time.perf_counter(), time.process_time()
 
 
@@ -123,15 +117,14 @@ def timed(work) -> tuple:
     return tokens, ended[0] - started[0], ended[1] - started[1]
 
 
-def questions(args) -> list[str]:
-    return [f"A shop sells {3 + i} red and {2 + 5 * i} blue balls a day. How many does it sell in {4 + i} days?"
-            for i in range(args.prompts)]
+def questions(n: int) -> list[str]:
+    return [f"A shop sells {3 + i} red and {2 + 5 * i} blue balls a day. How many in {4 + i} days?" for i in range(n)]
 
 
 def step_of_ours(args) -> tuple:
     """A rollout and two optimiser steps on all of it."""
     cfg = config_of(args, epochs=2, loss="grpo")
-    problems = [aspo.make_problem({"problem": question, "answer": "0"}) for question in questions(args)]
+    problems = [aspo.make_problem({"problem": question, "answer": "0"}) for question in questions(args.prompts)]
     policy = aspo.Policy(*aspo.load_model(args.model), cfg, problems)
 
     def work():
@@ -169,7 +162,7 @@ def step_of_trl(args) -> tuple:
             max_steps=2, beta=0.0, learning_rate=1e-6, report_to="none", save_strategy="no", logging_strategy="no",
             disable_tqdm=True, bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"})
-        data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions(args)])
+        data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions(args.prompts)])
         GRPOTrainer(args.model, reward, args=config, train_dataset=data, callbacks=[Clock()]).train()
     assert len(tokens) == 1 and len(stamps) == 4  # one rollout, two optimiser steps
     return tokens[0], *(end - start for start, end in zip(stamps[0], stamps[-1]))
@@ -178,12 +171,11 @@ def step_of_trl(args) -> tuple:
 def compare(what: str, ours, theirs, rounds: int) -> float:
     """Print a row of the table. Returns the median of the rounds' ratios."""
     pairs = [(ours(), theirs()) for _ in range(rounds)]
-    speeds = zip(*([tokens / seconds for tokens, seconds, _ in pair] for pair in pairs))
+    a, b = (median(tokens / seconds for tokens, seconds, _ in side) for side in zip(*pairs))
     wall, cpu = ([a[0] / a[i] * b[i] / b[0] for a, b in pairs] for i in (1, 2))
-    cells = [*(f"{statistics.median(column):,.0f}" for column in speeds), f"{statistics.median(wall):.2f}",
-             f"{min(wall):.2f} to {max(wall):.2f}", f"{statistics.median(cpu):.2f}"]
-    print(f"| {what} | {' | '.join(cells)} |", flush=True)
-    return statistics.median(wall)
+    print(f"| {what} | {a:,.0f} | {b:,.0f} | {median(wall):.2f} | {min(wall):.2f} to {max(wall):.2f} | "
+          f"{median(cpu):.2f} |", flush=True)
+    return median(wall)
 
 
 def main(argv=None) -> dict:
@@ -193,13 +185,12 @@ def main(argv=None) -> dict:
         sys.exit("TRL is not installed: pip install trl")
     print(f"{args.model}: {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} tokens; "
           f"{torch.get_num_threads()} threads, {args.rounds} rounds")
-    rows = {"step": ("TRL", lambda: step_of_ours(args), lambda: step_of_trl(args))}
-    if not args.trl:
+    if args.trl:
+        rows = {"step": ("TRL", lambda: step_of_ours(args), lambda: step_of_trl(args))}
+    else:
         bench = Bench(args)
-        rows = {"sampling": ("generate", *(lambda side=side: timed(side) for side in (
-                    bench.sampling_ours, bench.sampling_theirs))),
-                "update": ("full logits", *(lambda side=side: timed(side) for side in (
-                    bench.update_ours, bench.update_theirs)))}
+        rows = {"sampling": ("generate", lambda: timed(bench.sampling_ours), lambda: timed(bench.sampling_theirs)),
+                "update": ("full logits", lambda: timed(bench.update_ours), lambda: timed(bench.update_theirs))}
         gap = (bench.gradient(bench.update_ours) - (theirs := bench.gradient(bench.update_theirs))).norm()
         print(f"gradients agree to {gap / theirs.norm():.1e}")
     print("| tokens/s | ours | theirs | ratio | of the rounds | ratio of CPU time |\n" + "|---" * 6 + "|")

@@ -7,7 +7,7 @@ import transformers
 from conftest import aspo, policy_of
 from gpu import GIB, SHAPES, main, needed, table
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):
@@ -17,7 +17,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()
 
-    def add(self, tensor: torch.Tensor):
+    def add(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
@@ -25,52 +25,50 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
 
-    def drop(self, key: int, size: int):
+    def drop(self, key, size):
         self.known.discard(key)
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
+        tree_map_only(torch.Tensor, self.add, result)
         return result
 
 
+SHAPE, VOCABULARY = (6, 128, 192, 128, 64, True), 4000
+
+
 @pytest.fixture
-def made():
-    """A policy whose numbers are computed in bf16, and the shape of its model."""
-    layers, hidden, mlp, vocabulary = 6, 128, 192, 4000
+def policy():
+    """A model of this shape, computed in bf16."""
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True))
     policy = policy_of(model, aspo.tiny_model()[1], gradient_checkpointing=True, micro_tokens=320, max_new_tokens=8)
     policy.dtype = torch.bfloat16
-    return policy, (layers, hidden, mlp, hidden, hidden // 2, True), vocabulary
+    return policy
 
 
-def test_the_formula_tells_the_peak_of_an_update(made, monkeypatch):
-    policy, shape, vocabulary = made
+def test_the_formula_tells_the_peak_of_an_update(policy, monkeypatch):
     monkeypatch.setattr(aspo, "LOGITS_AT_ONCE", 2**18)
     samples = [aspo.Sample("", "", [5] * 10, [6] * 30, advantage=1.0, sampler_logp=torch.zeros(30))] * 16
     with LiveBytes() as live:
         for p in policy.model.parameters():
             live.add(p.data)
         aspo.accumulate(policy, samples, 1.0, policy.cfg)  # two micro-batches: the second finds gradients
-    formula = needed(shape, policy.cfg, 10, vocabulary)
+    formula = needed(SHAPE, policy.cfg, 10, VOCABULARY)
     held = formula["weights, gradients, moments"] / 2  # moments come with the first step
     assert live.peak == pytest.approx(held + formula["activations, logits"], rel=0.1)
 
 
-def test_the_formula_tells_the_peak_of_sampling(made):
-    policy, shape, vocabulary = made
+def test_the_formula_tells_the_peak_of_sampling(policy):
     policy.sampler = aspo.weights_in(torch.bfloat16, policy.model)
     policy.stop_ids = []
     with LiveBytes() as live:
         for p in policy.sampler.parameters():
             live.add(p.data)
         policy.generate([[5] * 100] * policy.sample_rows)
-    formula = needed(shape, policy.cfg, 100, vocabulary)
+    formula = needed(SHAPE, policy.cfg, 100, VOCABULARY)
     assert live.peak == pytest.approx(formula["sampler's copy"] + formula["its cache, logits"], rel=0.1)
 
 

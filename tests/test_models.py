@@ -79,10 +79,6 @@ def alone(model, s):
     return predicted.log_prob(torch.tensor(s.response))
 
 
-def gradient(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def check_steps(model, tokenizer, checkpointing=True):
     """A rollout and its gradient, also with checkpointing, are those of one sequence at a time. Returns the samples."""
     cfg = aspo.Config(model="made", instruction="", device="cpu", group_size=2, max_new_tokens=8, temperature=0.8,
@@ -97,7 +93,7 @@ def check_steps(model, tokenizer, checkpointing=True):
     n_tokens = sum(len(s.response) for s in samples)
     expected = [alone(reference, s) for s in samples]
     (-sum(s.advantage * own.sum() for s, own in zip(samples, expected)) / n_tokens).backward()
-    wanted = gradient(reference)
+    wanted = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     for again in (False, True)[:1 + checkpointing]:
         if again:
             aspo.recompute_layers(model)
@@ -108,7 +104,7 @@ def check_steps(model, tokenizer, checkpointing=True):
         for s, own in zip(samples, expected):
             torch.testing.assert_close(s.sampler_logp, own.detach(), atol=1e-4, rtol=0)
             torch.testing.assert_close(s.old_logp, own.detach(), atol=1e-4, rtol=0)
-        found = gradient(model)
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert found.keys() == wanted.keys()
         gap, size = (torch.stack([x.norm() for x in xs]).norm() for xs in (
             [found[name] - wanted[name] for name in wanted], list(wanted.values())))
@@ -122,9 +118,6 @@ def test_a_step_is_that_of_one_sequence_at_a_time(kind, tmp_path):
     folder = save(tmp_path, random_model(tiny_config(name, **settings)))
     samples = check_steps(*aspo.load_model(folder))
     assert len({len(s.response) for s in samples}) > 2  # rows have left the batch at different steps
-
-
-# ------------------------------------------------------------------------------- whole runs of one step, or one line
 
 
 def run(folder, tmp_path, *flags, lengths=(3, 4, 5, 6, 7, 60)):
