@@ -5,7 +5,6 @@
 
 Nothing is downloaded: the model has the shape of Qwen2.5-0.5B and random weights; with --tiny it runs on a CPU.
 """
-import copy
 import dataclasses
 import json
 import random
@@ -85,8 +84,7 @@ class Lab:
         problems = aspo.load_problems(cfg)[0][:4]
         policy = aspo.Policy(*aspo.load_model(cfg.model), cfg, problems)
         policy.dtype, policy.sampler, policy.problems = dtype, policy.model, problems
-        if dtype != torch.float32:
-            policy.sampler = aspo.weights_in(dtype, copy.deepcopy(policy.model))
+        policy.place(learning=True)
         policy.scaler = torch.amp.GradScaler(self.device, init_scale=1024.0, enabled=dtype == torch.float16)
         return policy
 

@@ -62,7 +62,7 @@ def test_the_formula_tells_the_peak_of_an_update(policy, monkeypatch):
 
 
 def test_the_formula_tells_the_peak_of_sampling(policy):
-    policy.sampler = aspo.weights_in(torch.bfloat16, policy.model)
+    policy.place(learning=True)  # now that it is in bf16, with a copy for sampling
     policy.stop_ids = []
     with LiveBytes() as live:
         for p in policy.sampler.parameters():

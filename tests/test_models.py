@@ -166,10 +166,10 @@ ROPE = dict(rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor
 
 
 @pytest.mark.parametrize("name, settings, flags, words", [
-    ("RwkvConfig", dict(attention_hidden_size=32), (), "sampler and trainer disagree"),
+    ("RwkvConfig", dict(attention_hidden_size=32), (), "sampler and trainer differ"),
     ("OpenAIGPTConfig", dict(n_embd=32, n_layer=2, n_head=4), (), "OpenAIGPT"),  # it has no cache
     ("GPTNeoXJapaneseConfig", {}, ["--gradient_checkpointing"], "--gradient_checkpointing"),  # its class has none
-    ("LlamaConfig", ROPE, (), "context has 64"),  # beyond it, a position is encoded by what else is in the batch
+    ("LlamaConfig", ROPE, (), "context 64"),  # beyond it, a position is encoded by what else is in the batch
 ])
 def test_what_does_not_work_is_refused_in_one_line(name, settings, flags, words, tmp_path, capsys):
     folder = save(tmp_path / "model", random_model(tiny_config(name, **settings)))
