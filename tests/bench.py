@@ -18,6 +18,8 @@ import torch
 from conftest import aspo
 from torch.nn.utils.rnn import pad_sequence
 
+QUESTIONS = [f"A shop sells {3 + i} red and {2 + 5 * i} blue balls a day. How many in {4 + i} days?" for i in range(64)]
+
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -38,18 +40,20 @@ class Bench:
     """One policy; what ours and theirs do with it."""
 
     def __init__(self, args):
-        self.args, self.cfg = args, config_of(args)
         torch.manual_seed(0)
+        model, tokenizer = aspo.load_model(args.model)
+        vocabulary, generator = model.config.vocab_size, torch.Generator().manual_seed(1)
+        self.args, self.cfg = args, config_of(args)
         problem = aspo.make_problem({"problem": "1+1", "answer": "2"})
-        self.policy = aspo.Policy(*aspo.load_model(args.model), self.cfg, [problem])
-        vocabulary, generator = self.policy.model.config.vocab_size, torch.Generator().manual_seed(1)
+        self.policy = aspo.Policy(model, tokenizer, self.cfg, [problem])
 
         def text(n):
             return torch.randint(3, vocabulary, (int(n),), generator=generator).tolist()
 
-        # Random stop tokens: responses get geometric lengths, about half of new_tokens on average.
-        order = torch.randperm(vocabulary, generator=generator)
-        self.policy.stop_ids = order[:max(1, 2 * vocabulary // args.new_tokens)].tolist()
+        # Random stop tokens: responses get geometric lengths, half of the limit on average but for the cut; and some
+        # reach it, so that rounds are alike.
+        self.policy.max_new_tokens = limit = min(args.new_tokens, 2 * vocabulary)
+        self.policy.stop_ids = torch.randperm(vocabulary, generator=generator)[:2 * vocabulary // limit].tolist()
         self.prompts = [text(args.prompt_tokens * (0.75 + (i + 0.5) / args.prompts / 2)) for i in range(args.prompts)]
         self.samples = []  # a rollout for the update, the same for both sides
         lengths = torch.empty(args.prompts, args.group).exponential_(2 / args.new_tokens, generator=generator)
@@ -70,7 +74,7 @@ class Bench:
         tokens, mask = (x.repeat_interleave(self.args.group, 0) for x in policy.pad(self.prompts, "left"))
         out = policy.sampler.generate(
             tokens, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, eos_token_id=policy.stop_ids,
-            pad_token_id=0, max_new_tokens=self.args.new_tokens)[:, tokens.shape[1]:].cpu()
+            pad_token_id=0, max_new_tokens=policy.max_new_tokens)[:, tokens.shape[1]:].cpu()
         stopped = torch.isin(out, torch.tensor(policy.stop_ids)).long()
         return int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop token
 
@@ -100,10 +104,6 @@ class Bench:
             loss.backward()
         return self.norm
 
-    def gradient(self, update) -> torch.Tensor:
-        update()
-        return torch.cat([p.grad.flatten() for p in self.policy.model.parameters()])
-
 
 def now() -> tuple:
     """Wall and CPU time."""
@@ -117,14 +117,10 @@ def timed(work) -> tuple:
     return tokens, ended[0] - started[0], ended[1] - started[1]
 
 
-def questions(n: int) -> list[str]:
-    return [f"A shop sells {3 + i} red and {2 + 5 * i} blue balls a day. How many in {4 + i} days?" for i in range(n)]
-
-
 def step_of_ours(args) -> tuple:
     """A rollout and two optimiser steps on all of it."""
     cfg = config_of(args, epochs=2, loss="grpo")
-    problems = [aspo.make_problem({"problem": question, "answer": "0"}) for question in questions(args.prompts)]
+    problems = [aspo.make_problem({"problem": question, "answer": "0"}) for question in QUESTIONS[:args.prompts]]
     policy = aspo.Policy(*aspo.load_model(args.model), cfg, problems)
 
     def work():
@@ -162,7 +158,7 @@ def step_of_trl(args) -> tuple:
             max_steps=2, beta=0.0, learning_rate=1e-6, report_to="none", save_strategy="no", logging_strategy="no",
             disable_tqdm=True, bf16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"})
-        data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions(args.prompts)])
+        data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in QUESTIONS[:args.prompts]])
         GRPOTrainer(args.model, reward, args=config, train_dataset=data, callbacks=[Clock()]).train()
     assert len(tokens) == 1 and len(stamps) == 4  # one rollout, two optimiser steps
     return tokens[0], *(end - start for start, end in zip(stamps[0], stamps[-1]))
@@ -183,16 +179,18 @@ def main(argv=None) -> dict:
     args = parse(argv)
     if args.trl and not importlib.util.find_spec("trl"):
         sys.exit("TRL is not installed: pip install trl")
+    bench = None if args.trl else Bench(args)
     print(f"{args.model}: {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} tokens; "
           f"{torch.get_num_threads()} threads, {args.rounds} rounds")
     if args.trl:
         rows = {"step": ("TRL", lambda: step_of_ours(args), lambda: step_of_trl(args))}
     else:
-        bench = Bench(args)
         rows = {"sampling": ("generate", lambda: timed(bench.sampling_ours), lambda: timed(bench.sampling_theirs)),
                 "update": ("full logits", lambda: timed(bench.update_ours), lambda: timed(bench.update_theirs))}
-        gap = (bench.gradient(bench.update_ours) - (theirs := bench.gradient(bench.update_theirs))).norm()
-        print(f"gradients agree to {gap / theirs.norm():.1e}")
+        grads = [[p.grad.flatten() for p in bench.policy.model.parameters()] for update in (
+            bench.update_ours, bench.update_theirs) if update()]
+        ours, theirs = map(torch.cat, grads)
+        print(f"gradients agree to {(ours - theirs).norm() / theirs.norm():.1e}")
     print("| tokens/s | ours | theirs | ratio | of the rounds | ratio of CPU time |\n" + "|---" * 6 + "|")
     return {what: compare(f"{what}, beside {other}", *sides, args.rounds) for what, (other, *sides) in rows.items()}
 

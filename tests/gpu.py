@@ -1,9 +1,7 @@
-"""What a CPU cannot prove of aspo.py, in one command on a GPU; and the README's memory table.
+"""What a CPU cannot prove of aspo.py: some minutes on a GPU, exit status 1 where something is not as wanted.
 
-    python tests/gpu.py            # some minutes; exit status 1: something is not as wanted, 2: no GPU
-    python tests/gpu.py --table    # the table, by `needed`
-
-Nothing is downloaded: the model has the shape of Qwen2.5-0.5B and random weights; with --tiny it runs on a CPU.
+    python tests/gpu.py            # a random model of the shape of Qwen2.5-0.5B; with --tiny on a CPU
+    python tests/gpu.py --table    # the README's memory table, by `needed`
 """
 import dataclasses
 import json
@@ -67,7 +65,7 @@ class Lab:
         torch.manual_seed(0)
         model, tokenizer = aspo.tiny_model()
         if not tiny:
-            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(  # its vocabulary is Qwen's
                 hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                 num_key_value_heads=2, tie_word_embeddings=True))
             model.get_input_embeddings().weight.data *= 4  # likely and unlikely tokens, as a trained model has
@@ -76,8 +74,8 @@ class Lab:
         rng, data = random.Random(0), Path(folder, "data.jsonl")
         texts = ["".join(rng.choices("0123456789", k=rng.randint(self.size // 2, self.size - 1))) for _ in range(40)]
         data.write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts))
-        self.flags = ["--model", folder, "--data", str(data), "--instruction", "", "--device", self.device,
-                      "--max_new_tokens", str(self.size), "--out", f"{folder}/run"]
+        self.flags = [*f"--model {folder} --data {data} --out {folder}/run --device {self.device} "
+                      f"--max_new_tokens {self.size} --instruction".split(), ""]
 
     def policy(self, dtype: torch.dtype):
         cfg = aspo.parse(self.flags)
@@ -122,8 +120,8 @@ def precision(lab: Lab):
 
 
 def short_run(lab: Lab):
-    few = ["--prompts", "2", "--minibatch", "2"] if lab.tiny else []
-    cfg = aspo.parse([*lab.flags, "--steps", "2", "--eval_problems", "4", "--gradient_checkpointing", *few])
+    few = "--prompts 2 --minibatch 2".split() if lab.tiny else []
+    cfg = aspo.parse([*lab.flags, *"--steps 2 --eval_problems 4 --gradient_checkpointing".split(), *few])
     rng = random.Random(0)
     metrics = aspo.train(cfg, lambda response, row: -float(rng.random() < 0.5))
     gap = metrics["sampler_mismatch"]
@@ -134,22 +132,18 @@ def short_run(lab: Lab):
 
 
 def speed(lab: Lab):
-    size, rows = str(lab.size), "2" if lab.tiny else "16"
-    for what, ratio in bench.main(["--model", lab.flags[1], "--rounds", "2", "--prompts", rows, "--group", rows,
-                                   "--prompt_tokens", size, "--new_tokens", size]).items():
+    rows = 2 if lab.tiny else 16
+    for what, ratio in bench.main(f"--model {lab.flags[1]} --rounds 2 --prompts {rows} --group {rows} --prompt_tokens "
+                                  f"{lab.size} --new_tokens {lab.size}".split()).items():
         yield f"speed of {what}, beside transformers'", f"{ratio:.2f} x", "", True
 
 
 def main(*flags: str) -> int:
-    if "--table" in flags:
-        print(table())
-        return 0
     tiny, failed = "--tiny" in flags, False
     if not tiny and not torch.cuda.is_available():
         print("torch sees no GPU")
         return 2
-    device = "CPU" if tiny else torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}\n| what | measured | wanted | |\n|---|---|---|---|")
+    print(f"{'CPU' if tiny else torch.cuda.get_device_name()}, torch {torch.__version__}\n| what | measured | wanted | |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(folder, tiny)
         for check in (short_run, precision, speed):  # the first one's peak memory is its own
@@ -160,4 +154,4 @@ def main(*flags: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(print(table()) if "--table" in sys.argv else main(*sys.argv[1:]))

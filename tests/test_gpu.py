@@ -80,6 +80,7 @@ def test_the_presets_fit_the_gpus_that_they_are_said_to_be_sized_for():
     assert {line.count("|") for line in table().splitlines()[:-2]} == {8}
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
 def test_all_checks_pass_at_tiny_size_on_a_cpu(capsys):
     assert main("--tiny") == 0, capsys.readouterr().out
 

@@ -167,7 +167,7 @@ ROPE = dict(rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor
 
 @pytest.mark.parametrize("name, settings, flags, words", [
     ("RwkvConfig", dict(attention_hidden_size=32), (), "sampler and trainer differ"),
-    ("OpenAIGPTConfig", dict(n_embd=32, n_layer=2, n_head=4), (), "OpenAIGPT"),  # it has no cache
+    ("OpenAIGPTConfig", dict(n_embd=32, n_layer=2, n_head=4), (), "--model"),  # it has no cache
     ("GPTNeoXJapaneseConfig", {}, ["--gradient_checkpointing"], "--gradient_checkpointing"),  # its class has none
     ("LlamaConfig", ROPE, (), "context 64"),  # beyond it, a position is encoded by what else is in the batch
 ])
