@@ -24,8 +24,8 @@ QUESTIONS = [f"A shop sells {3 + i} red and {2 + 5 * i} blue balls a day. How ma
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, or a folder")
-    for name, default in dict(prompts=4, group=8, prompt_tokens=96, new_tokens=128, micro_tokens=2048,
-                              rounds=5).items():  # prompts have from 3/4 to 5/4 of prompt_tokens
+    sizes = dict(prompts=4, group=8, prompt_tokens=96, new_tokens=128, micro_tokens=2048, rounds=5)
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--trl", action="store_true", help="whole steps beside TRL's instead")
     return parser.parse_args(argv)
@@ -64,9 +64,8 @@ class Bench:
         self.norm = sum(len(s.response) for s in self.samples)
 
     def sampling_ours(self) -> int:
-        """Tokens sampled."""
         rows = [prompt for prompt in self.prompts for _ in range(self.args.group)]
-        return sum(len(tokens) for tokens, _, _ in self.policy.generate(rows))
+        return sum(len(tokens) for tokens, _, _ in self.policy.generate(rows))  # all four return how many tokens
 
     @torch.no_grad()
     def sampling_theirs(self) -> int:
@@ -79,7 +78,7 @@ class Bench:
         return int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop token
 
     def update_ours(self) -> int:
-        """Leaves the gradient in .grad. Tokens trained on."""
+        """Leaves the gradient in .grad."""
         self.policy.model.zero_grad()
         aspo.accumulate(self.policy, self.samples, self.norm, self.cfg)
         return self.norm
@@ -91,8 +90,8 @@ class Bench:
         longest = max(len(s.prompt + s.response) for s in self.samples)
         for micro in aspo.chunks(self.samples, max(1, self.args.micro_tokens // longest)):
             tokens, attention = policy.pad([s.prompt + s.response for s in micro])
-            mask = [torch.tensor([0] * len(s.prompt) + [1] * len(s.response)) for s in micro]
-            mask = pad_sequence(mask, True)[:, 1:].to(policy.device)
+            rows = [torch.tensor([0] * len(s.prompt) + [1] * len(s.response)) for s in micro]
+            mask = pad_sequence(rows, True)[:, 1:].to(policy.device)
             with policy.half_precision():
                 logits = policy.model(tokens, attention_mask=attention, use_cache=False).logits[:, :-1].float()
             logp = logits.log_softmax(-1)
@@ -107,14 +106,15 @@ class Bench:
 
 def now() -> tuple:
     """Wall and CPU time."""
-    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
 def timed(work) -> tuple:
     """Tokens, and seconds of wall and of CPU."""
-    started, tokens, ended = now(), work(), now()
-    return tokens, ended[0] - started[0], ended[1] - started[1]
+    started, tokens = now(), work()
+    return tokens, *(end - start for start, end in zip(started, now()))
 
 
 def step_of_ours(args) -> tuple:

@@ -122,8 +122,8 @@ def test_a_step_is_that_of_one_sequence_at_a_time(kind, tmp_path):
 
 def run(folder, tmp_path, *flags, lengths=(3, 4, 5, 6, 7, 60)):
     """main on this model: exit status, and the run's folder. Half the responses are rewarded."""
-    (tmp_path / "half.py").write_text("n = 0\n\n\ndef half(response, row):\n    global n\n    n += 1\n"
-                                      "    return -(n % 2)\n")
+    (tmp_path / "half.py").write_text("import itertools\nn = itertools.cycle([-1, 0])\n\n\n"
+                                      "def half(response, row):\n    return next(n)\n")
     (tmp_path / "data.jsonl").write_text(
         "\n".join(json.dumps({"problem": p["problem"], "answer": "1"}) for p in problems(lengths)))
     return aspo.main([*map(str, (
@@ -131,19 +131,6 @@ def run(folder, tmp_path, *flags, lengths=(3, 4, 5, 6, 7, 60)):
         tmp_path / "run", "--steps", 1, "--prompts", 2, "--minibatch", 2, "--group_size", 2, "--epochs", 1,
         "--max_new_tokens", 6, "--lr", 0.01, "--eval_every", 0, "--eval_problems", 1, "--eval_samples", 1,
         "--device", "cpu", "--instruction", "", *flags))]), tmp_path / "run"
-
-
-def weights(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def check_trained(before, out):
-    """The only step had ratios of 1 and moved the weights; the checkpoint has the same names, in fp32."""
-    metrics = json.loads((out / "metrics.jsonl").read_text())
-    assert metrics["ratio_pos"] == metrics["ratio_neg"] == 1 and metrics["sampler_mismatch"] < 1e-4
-    old, new = weights(before), weights(out / "checkpoint-1")
-    assert old.keys() == new.keys() and any((old[name] != new[name]).any() for name in old)
-    assert {x.dtype for x in new.values() if x.is_floating_point()} == {torch.float32}
 
 
 def test_a_language_model_inside_another(tmp_path, capsys):
@@ -159,7 +146,12 @@ def test_a_language_model_inside_another(tmp_path, capsys):
     folder = save(tmp_path / "model", model.to(torch.bfloat16), tokenizer)
     status, out = run(folder, tmp_path, "--gradient_checkpointing")
     assert status == 0, capsys.readouterr().err
-    check_trained(folder, out)
+    metrics = json.loads((out / "metrics.jsonl").read_text())
+    assert metrics["ratio_pos"] == metrics["ratio_neg"] == 1 and metrics["sampler_mismatch"] < 1e-4
+    old, new = (transformers.AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (
+        folder, out / "checkpoint-1"))
+    assert old.keys() == new.keys() and any((old[name] != new[name]).any() for name in old)
+    assert {x.dtype for x in new.values() if x.is_floating_point()} == {torch.float32}
 
 
 ROPE = dict(rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0), max_position_embeddings=64)
