@@ -4,8 +4,8 @@
     python tests/bench.py --model DIR           # such as a pretrained one of 135 M parameters
     python tests/bench.py --model DIR --trl     # whole steps beside TRL's: pip install trl
 
-The sides take turns, `--rounds` times each: absolute times of a shared machine mean little, its ratios more.
-CPU time is what other programs disturb least; with a GPU it means nothing.
+The sides take turns, `--rounds` times each: absolute times of a shared machine mean little, its ratios more, and
+those of CPU time most; with a GPU they mean nothing.
 """
 import argparse
 import importlib.util
@@ -24,10 +24,10 @@ QUESTIONS = [f"A shop sells {3 + i} red and {2 + 5 * i} blue balls a day. How ma
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="tiny, or a folder")
+    parser.add_argument("--trl", action="store_true", help="whole steps beside TRL's instead")
     sizes = dict(prompts=4, group=8, prompt_tokens=96, new_tokens=128, micro_tokens=2048, rounds=5)
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--trl", action="store_true", help="whole steps beside TRL's instead")
     return parser.parse_args(argv)
 
 
@@ -37,21 +37,17 @@ def config_of(args, **knobs) -> aspo.Config:
 
 
 class Bench:
-    """One policy; what ours and theirs do with it."""
-
     def __init__(self, args):
         torch.manual_seed(0)
         model, tokenizer = aspo.load_model(args.model)
         vocabulary, generator = model.config.vocab_size, torch.Generator().manual_seed(1)
         self.args, self.cfg = args, config_of(args)
-        problem = aspo.make_problem({"problem": "1+1", "answer": "2"})
-        self.policy = aspo.Policy(model, tokenizer, self.cfg, [problem])
+        self.policy = aspo.Policy(model, tokenizer, self.cfg, [aspo.make_problem(dict(problem="1+1", answer="2"))])
 
         def text(n):
             return torch.randint(3, vocabulary, (int(n),), generator=generator).tolist()
 
-        # Random stop tokens: responses get geometric lengths, half of the limit on average but for the cut; and some
-        # reach it, so that rounds are alike.
+        # Random stop tokens: responses get geometric lengths, and some reach the limit, so that rounds are alike.
         self.policy.max_new_tokens = limit = min(args.new_tokens, 2 * vocabulary)
         self.policy.stop_ids = torch.randperm(vocabulary, generator=generator)[:2 * vocabulary // limit].tolist()
         self.prompts = [text(args.prompt_tokens * (0.75 + (i + 0.5) / args.prompts / 2)) for i in range(args.prompts)]
@@ -78,7 +74,6 @@ class Bench:
         return int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop token
 
     def update_ours(self) -> int:
-        """Leaves the gradient in .grad."""
         self.policy.model.zero_grad()
         aspo.accumulate(self.policy, self.samples, self.norm, self.cfg)
         return self.norm
@@ -105,7 +100,6 @@ class Bench:
 
 
 def now() -> tuple:
-    """Wall and CPU time."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
@@ -120,7 +114,7 @@ def timed(work) -> tuple:
 def step_of_ours(args) -> tuple:
     """A rollout and two optimiser steps on all of it."""
     cfg = config_of(args, epochs=2, loss="grpo")
-    problems = [aspo.make_problem({"problem": question, "answer": "0"}) for question in QUESTIONS[:args.prompts]]
+    problems = [aspo.make_problem(dict(problem=text, answer="0")) for text in QUESTIONS[:args.prompts]]
     policy = aspo.Policy(*aspo.load_model(args.model), cfg, problems)
 
     def work():
@@ -148,7 +142,6 @@ def step_of_trl(args) -> tuple:
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             stamps.append(now())
-
         on_step_end = on_step_begin
 
     with tempfile.TemporaryDirectory() as folder:
@@ -175,21 +168,19 @@ def compare(what: str, ours, theirs, rounds: int) -> float:
 
 
 def main(argv=None) -> dict:
-    """The median ratios by name."""
     args = parse(argv)
     if args.trl and not importlib.util.find_spec("trl"):
         sys.exit("TRL is not installed: pip install trl")
     bench = None if args.trl else Bench(args)
-    print(f"{args.model}: {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} tokens; "
+    print(f"{args.model}: {args.prompts} prompts x {args.group} samples of up to {args.new_tokens} tokens, "
           f"{torch.get_num_threads()} threads, {args.rounds} rounds")
     if args.trl:
         rows = {"step": ("TRL", lambda: step_of_ours(args), lambda: step_of_trl(args))}
     else:
         rows = {"sampling": ("generate", lambda: timed(bench.sampling_ours), lambda: timed(bench.sampling_theirs)),
                 "update": ("full logits", lambda: timed(bench.update_ours), lambda: timed(bench.update_theirs))}
-        grads = [[p.grad.flatten() for p in bench.policy.model.parameters()] for update in (
-            bench.update_ours, bench.update_theirs) if update()]
-        ours, theirs = map(torch.cat, grads)
+        ours, theirs = (torch.cat([p.grad.flatten() for p in bench.policy.model.parameters()])
+                        for update in (bench.update_ours, bench.update_theirs) if update())
         print(f"gradients agree to {(ours - theirs).norm() / theirs.norm():.1e}")
     print("| tokens/s | ours | theirs | ratio | of the rounds | ratio of CPU time |\n" + "|---" * 6 + "|")
     return {what: compare(f"{what}, beside {other}", *sides, args.rounds) for what, (other, *sides) in rows.items()}
