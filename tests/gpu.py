@@ -91,9 +91,7 @@ class Lab:  # a random model in a folder, with problems
         return torch.cat([p.grad.flatten() for p in policy.model.parameters()]) / policy.scaler.get_scale()
 
 
-# Each yields rows of a table: what, measured, wanted, and whether that is so.
-
-def precision(lab: Lab):
+def precision(lab: Lab):  # like the others, it yields rows: what, measured, wanted, and whether that is so
     policy = lab.policy(torch.float32)
     common = aspo.roll_out(policy, policy.problems, 4, policy.cfg)
     exact = lab.gradient(policy, common)
