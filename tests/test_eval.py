@@ -145,7 +145,7 @@ def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     process.send_signal(signal.SIGSTOP)
     before = contents(broken)
     status, _, error = main(capsys, *arguments, broken)
-    assert status == 2 and "another program" in error and contents(broken) == before
+    assert status == 2 and "in use" in error and contents(broken) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert found[0].read_bytes().count(b"\n") < 64

@@ -208,7 +208,7 @@ def test_two_programs_in_one_folder(run, finished):
     first.send_signal(signal.SIGSTOP)
     before = {path: path.read_bytes() for path in run.glob("*.json*")}
     second = run_script("--resume", run, status=2)
-    assert str(run) in second.err and "another program" in second.err and second.err.count("\n") == 1
+    assert str(run) in second.err and "in use" in second.err and second.err.count("\n") == 1
     assert before == {path: path.read_bytes() for path in run.glob("*.json*")}
     first.send_signal(signal.SIGCONT)
     assert first.wait() == 0
