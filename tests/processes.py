@@ -1,7 +1,4 @@
-"""The real script as processes of their own, forked from one that has imported torch already: 0.2 s each instead of 5.
-
-    python tests/processes.py loop 100    # 100 runs of two processes: each must end with status 0
-"""
+"""The real script as processes of their own, forked from one that has imported torch already: 0.2 s each instead of 5."""
 import atexit
 import gc
 import json
@@ -139,13 +136,5 @@ def become(folder, script, arguments, env, before, cwd):
     runpy.run_path(script, run_name="__main__")
 
 
-def loop(n):
-    flags = "--steps 1 --sft_steps 1 --prompts 4 --group_size 4 --minibatch 4 --max_new_tokens 16 --eval_problems 4"
-    for i in range(n):
-        with tempfile.TemporaryDirectory() as folder:
-            run_several(2, *flags.split(), "--out", f"{folder}/run")
-        print(f"{i + 1} runs of two processes have ended with status 0", flush=True)
-
-
 if __name__ == "__main__":
-    serve(sys.argv[2]) if sys.argv[1] == "serve" else loop(int(sys.argv[2]))
+    serve(sys.argv[2])

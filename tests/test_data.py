@@ -132,7 +132,6 @@ def test_a_bad_row_is_named_in_one_line(case, tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------- the hub, splits
 
-
 def hub(monkeypatch, **splits):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: datasets.DatasetDict(
         {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}))

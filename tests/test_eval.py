@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import ROOT, aspo
+from processes import Process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
@@ -96,7 +96,6 @@ def test_bad_benches(name, words, monkeypatch):
 
 # ------------------------------------------------------------------ the script
 
-
 def main(capsys, *arguments):
     """In this process: (status, what it printed, the error line)."""
     status = evaluation.main(list(map(str, arguments)))
@@ -138,7 +137,7 @@ def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     arguments = [trained, *"--bench arithmetic --limit 16 --k 4 --sample_rows 8 --out".split()]
     broken = tmp_path / "broken"
     assert main(capsys, *arguments, tmp_path / "whole")[0] == 0
-    process = subprocess.Popen([sys.executable, ROOT / "eval.py", *arguments, broken])
+    process = Process(*arguments, broken, script=ROOT / "eval.py")
     while not (found := list(broken.glob("*.jsonl"))) or found[0].read_bytes().count(b"\n") < 16:
         time.sleep(0.005)
         assert process.poll() is None

@@ -47,9 +47,8 @@ def back_to(run, step):
 
 # --------------------------------------------------------------------------------------------------- kills and going on
 
-
 def test_killed_runs_end_as_if_never_stopped(tmp_path):
-    hits = kill_and_compare(4, tmp_path, steps=12)
+    hits = kill_and_compare(3, tmp_path, steps=12)
     assert sum(hits.values()) > 0
     assert {path.name for path in (tmp_path / "whole").glob("checkpoint*")} == {"checkpoint-11", "checkpoint-12"}
 
@@ -100,7 +99,6 @@ def test_settings_that_cannot_be_read_are_one_line(change, run, capsys):
 
 
 # ---------------------------------------------------------------------------------------- signals, exceptions, the lock
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, finished, number):
@@ -216,7 +214,6 @@ def test_two_programs_in_one_folder(run, finished):
 
 
 # ----------------------------------------------------------------------------------------------- models that are broken
-
 
 def test_a_learning_rate_that_breaks_the_model_ends_the_run(tmp_path, capsys):
     """In one line; no number that is not finite gets into the log."""

@@ -44,7 +44,6 @@ def flat_gradient(model):
 
 # ---------------------------------------------------------------------------------------------- log-probabilities
 
-
 def naive_logp(model, s, temperature=1.0):
     """Log-probabilities and entropies of one unpadded sequence, by the full softmax, one position at a time."""
     sequence = s.prompt + s.response
@@ -138,7 +137,6 @@ def test_entropy_is_exact_under_autocast_at_the_size_of_a_real_vocabulary(monkey
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
-
 
 def drawn(policy, prompts, new_tokens, temperature=1.0, stop_ids=(), top_p=1.0):
     """policy.generate with other settings than those of its run."""
@@ -343,7 +341,6 @@ def test_problems_are_all_visited_in_an_order_of_the_seed():
 
 # ---------------------------------------------------------------------------------------------------------- update
 
-
 def sgd_policy(tiny, lr=1.0, **knobs):
     """Plain gradient descent: for one step the change of the weights is minus lr times the gradient."""
     common = dict(prompts=4, group_size=4, minibatch=4, epochs=1, grad_clip=0, lr=lr, lr_warmup=0, weight_decay=0)
@@ -455,7 +452,6 @@ def test_micro_batches_keep_everything_within_the_budget():
 
 
 # -------------------------------------------------------------------------------------------- prompts and stop tokens
-
 
 def test_stop_tokens_come_from_the_config_and_the_tokenizer(tiny):
     model, tokenizer = tiny

@@ -383,7 +383,6 @@ def test_random_state_is_left_alone():
 
 # ---- shared examples
 
-
 def verdicts(path) -> list:
     """(row, whether the verdict is the label) of each."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]

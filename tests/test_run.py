@@ -112,7 +112,6 @@ def test_every_loss_runs(loss, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ settings and flags
 
-
 def test_presets_and_flags():
     cfg = aspo.parse(["--model", "qwen-0.5b"])
     assert cfg.data == "gsm8k" and cfg.gradient_checkpointing
@@ -158,7 +157,6 @@ def test_help_lists_every_knob_with_what_it_does():
 
 
 # ------------------------------------------------------------------------------------------------ from one's own code
-
 
 def test_train_is_a_function_that_returns_the_last_metrics(tmp_path):
     """Errors are exceptions, and a run goes on from it."""
