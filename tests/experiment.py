@@ -1,264 +1,339 @@
-"""GRPO, ASPO and no-is over seeds, and a table of what came out. Finished runs are reused, stopped ones go on.
+"""When does the asymmetry matter? GRPO, ASPO and no-is on the tiny task, at 1 to 64 optimiser steps per rollout.
 
-    python tests/experiment.py --seeds 8                              # the built-in task: 24 runs, then a table
-    python tests/experiment.py --seeds 2 --first_seed 100 --lr 2e-4 4e-4 8e-4    # learning rates, on two other seeds
-    python tests/experiment.py --model DIR --data sums --seeds 5 --lr 1e-5 3e-5  # a real model, half an hour a run
-    python tests/experiment.py --out DIR --table                      # of the runs that are finished; starts nothing
-    python tests/experiment.py --out DIR --read 50                    # responses at the start, a third, the end
+    python tests/experiment.py sweep                 # starts, rates, runs, tables, picture; what is finished is kept
+    python tests/experiment.py table                 # of what is finished, here and at any time
+    python tests/experiment.py read --points 8 64    # responses at the end of training: read them, then believe
 
-Runs are OUT/<loss>-lr<lr>-s<seed>, each on one thread; flags of aspo.py go to new ones, such as --epochs 4 (with
-another --out). Every finished run in OUT is in the table. Read responses before you believe a number: a reward can be
-earned by something else than what you wanted to teach. Runs of one seed begin alike and see the same problems, so
-methods are also compared pairwise, by seed.
-
-What 250 responses of each method and stage looked like on sums (SmolLM2-135M-Instruct, five seeds): at the start 6 % are
-right, about half give no answer, the others say "The answer is 51." or work the sum out first; from a third on nearly all
-are "The answer is 25." or "15 + 3 = 18, the answer is 18", right or wrong. One of 2,250 repeats the question, at the start.
-Tiny task: the last number is learned, the steps before it become decoration (README).
+Written down before the runs:
+- A run is 24 rollouts of 32 prompts x 8 responses (python aspo.py has 55 of 64: hours more than there were). 4 to 64
+  steps are mini-batches of 16 to 1 prompts at 2 epochs, so that an update costs the same; 1 is all prompts at 1 epoch.
+- Runs of a seed start from one warmed-up model, see the same problems and draw with the same random numbers.
+- Rates are powers of two times 1e-4. A number of steps has, for all losses, the largest at which GRPO's approx_kl, of
+  pi_old and pi, has a mean under .01 over 12 rollouts of seed 100, which is not used after (found upwards or downwards
+  from 3.2e-3 / steps). The first limit was .05, at which GRPO did not learn on that seed. With one step it is 0: that
+  point has the rate of 4.
+- With one step r is 1 and the losses are one: it is run with GRPO and shown for all.
+- Collapsed: held-out accuracy ends below its start, or more than .2 below its best, or a number stopped being finite.
+- Means are over seeds, with half of their 95 % interval by Student's t; so are the differences to GRPO, by seed.
 """
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
-import torch
-from conftest import ROOT, aspo
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from eval import half_width, last
+import torch  # noqa: E402
+from conftest import aspo  # noqa: E402
 
-LOSSES, K = ("grpo", "aspo", "no-is"), 16
-REAL = ("--prompts 8 --group_size 8 --minibatch 2 --epochs 2 --max_new_tokens 24 --temperature 0.8 --steps 40 "
-        "--eval_every 10 --eval_problems 60 --eval_samples 2 --save_every 20").split()
-METRICS = {"reward": "reward", "entropy": "entropy (nats)", "response_length": "length (tokens)",
-           "repetition": "repetition",
-           "weight_pos_high": "weight, A > 0, likely", "weight_pos_low": "weight, A > 0, unlikely",
-           "weight_neg_high": "weight, A < 0, likely", "weight_neg_low": "weight, A < 0, unlikely",
-           "ratio_pos": "ratio, A > 0", "ratio_neg": "ratio, A < 0", "approx_kl": "KL of a rollout's update"}
-CURVES = {"reward": "reward", "heldout_accuracy": "held-out accuracy", "entropy": "entropy (nats)"}
-COLOURS = {"aspo": "#d1495b", "grpo": "#00798c", "no-is": "#8d8d8d"}
+from eval import half_width  # noqa: E402
 
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def finished(out: Path) -> bool:
-    """A step is logged before it is saved, so that it is the checkpoint that knows."""
-    if not (out / "config.json").exists() or not (out / "checkpoint" / "trainer.pt").exists():
-        return False
-    state = torch.load(out / "checkpoint" / "trainer.pt", "cpu", weights_only=True, mmap=True)
-    return state["step"] >= json.loads((out / "config.json").read_text())["steps"]
+LOSSES, K, READ = ("grpo", "aspo", "no-is"), 16, 64
+POINTS = {1: (32, 1), 4: (16, 2), 8: (8, 2), 16: (4, 2), 32: (2, 2), 64: (1, 2)}  # steps: mini-batch, epochs
+SETTINGS = aspo.PRESETS["tiny"][1] | dict(steps=24, prompts=32, eval_every=8, save_every=0,
+                                          micro_tokens=1024, sample_rows=512)
+RULE = dict(seed=100, rollouts=12, kl=0.01, unit=1e-4, start=3.2e-3)
+EQUAL_REWARD, LAST = 0.4, 5  # "at equal reward": where the mean of LAST rollouts first reaches it
+ACCURACY, ENTROPY = f"avg@{K}", f"entropy (nats), last {LAST} rollouts"
+KINDS = ("right by steps", "right, decorated", "wrong", "cut off", "repeats the question")
+SIGNS = [f"{key}_{sign}" for key in ("clip_frac", "ratio", "weight") for sign in ("pos", "neg")]
+KEPT = ["step", "reward", "entropy", "response_length", "truncated", "tokens", "approx_kl", "heldout_accuracy",
+        *SIGNS, *(f"{key}_{part}" for key in SIGNS[2:] for part in ("low", "high"))]
+COLOURS = {"grpo": "#00798c", "aspo": "#d1495b", "no-is": "#8d8d8d"}
 
 
-def evaluated(out: Path) -> list[dict]:
-    """Its samples of the held-out problems, each problem's K side by side; empty until all are there."""
-    rows = read_lines(out / "eval" / "heldout.jsonl")
-    config = json.loads((out / "config.json").read_text())
-    problems = len(read_lines(out.parent / "heldout.jsonl")) or config["eval_problems"]
-    return rows if len(rows) == K * problems else []
+# ------------------------------------------------------------------------------------------------------------ one run
+
+def ratios_by_probability(update_metrics):
+    """aspo.update_metrics, and the mean ratio by sign and by pi_old, of which it has the weight alone."""
+    def more(stats, grad_norms, cfg):
+        found = update_metrics(stats, grad_norms, cfg)
+        advantage, log_ratio, old_prob = (torch.cat([torch.zeros(0), *(s[name] for s in stats)])
+                                          for name in ("advantage", "log_ratio", "old_prob"))
+        r, low = aspo.ratio(log_ratio), old_prob < 0.5
+        for sign, these in (("pos", advantage > 0), ("neg", advantage < 0)):
+            found |= {f"ratio_{sign}_low": aspo.mean(r[these & low]), f"ratio_{sign}_high": aspo.mean(r[these & ~low])}
+        return found
+    return more
 
 
-def write_heldout(out: Path, flags: list) -> Path:
-    """A run's held-out problems, for eval.py: of a built-in set it would take more than were held out."""
-    path, cfg = out / "heldout.jsonl", aspo.parse(list(map(str, flags)))
-    if path.exists():  # samples have been drawn for it
-        return path
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [{"problem": p["problem"], "answer": p["answer"]} for p in aspo.load_problems(cfg)[1]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def follows(before: list[int], after: list[int]) -> bool:
+    """Is `after` what stays of a sum when some of its neighbours are added? [3, 1, 5, 2] -> [4, 7]."""
+    terms = iter(before)
+    for total in after:
+        found = 0
+        while found < total:
+            found += next(terms, total + 1)  # there are none left: too much
+        if found != total:
+            return False
+    return next(terms, None) is None
 
 
-def call(script: str, *flags) -> str:
-    """Run a program on one thread; what it says if it fails, else nothing."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
-    return done.returncode and (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+def kind(problem: str, gold: str, text: str, right: bool, truncated: bool) -> str:
+    """What a response does: see KINDS."""
+    if truncated:
+        return "cut off"
+    if text.startswith(problem):
+        return "repeats the question"
+    if not right:
+        return "wrong"
+    steps = re.split(r"=|\n#### ?", text)
+    if not all(re.fullmatch(r"\d+(\+\d+)*", step) for step in steps):
+        return "right, decorated"
+    numbers = [list(map(int, step.split("+"))) for step in (problem, *steps)]
+    return "right by steps" if all(map(follows, numbers, numbers[1:])) else "right, decorated"
 
 
-def run(out: Path, flags: list) -> str:
-    """Train, or go on, or do nothing if it is finished; then sample K responses to every held-out problem."""
-    if not finished(out):
-        again = (out / "config.json").exists()
-        if error := call("aspo.py", *(["--resume", out] if again else [*flags, "--out", out])):
-            return error
-    if not evaluated(out):
-        temperature = json.loads((out / "config.json").read_text())["temperature"]
-        if error := call("eval.py", out, "--bench", out.parent / "heldout.jsonl", "--k", K,
-                         "--temperature", temperature, "--top_p", 1):
-            return error
-    for older in out.glob("checkpoint-*"):  # gigabytes, of a run that will not be resumed
-        shutil.rmtree(older)
-    return ""
+def start_of(out: Path, seed: int) -> Path:
+    """A seed's warmed-up model, made once."""
+    folder, new = out / f"start-s{seed}", out / f"unfinished-s{seed}"
+    if not folder.exists():
+        cfg = aspo.Config(**SETTINGS, model="tiny", seed=seed)
+        for part in aspo.initial_model(cfg, aspo.load_problems(cfg)[0]):
+            part.save_pretrained(new)
+        new.rename(folder)
+    return folder
 
 
-def smooth(rows: list[dict], key: str, width: int = 5) -> list[float]:
-    return [statistics.mean(row[key] for row in rows[max(0, i - width + 1):i + 1]) for i in range(len(rows))]
+def run(out: Path, point: int, loss: str, seed: int, rate: float, rollouts: int | None = None) -> dict:
+    """Train, sample held-out problems, keep what the tables need; or read it, if it is there.
+
+    rollouts: so many alone, without evaluation, to choose a rate.
+    """
+    path = out / f"{point}-{loss}-lr{rate:g}-s{seed}{f'-first{rollouts}' if rollouts else ''}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    folder = path.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    minibatch, epochs = POINTS[point]
+    short = dict(steps=rollouts, eval_every=0, eval_problems=1) if rollouts else {}
+    cfg = aspo.Config(**SETTINGS | dict(model=str(start_of(out, seed)), loss=loss, seed=seed, lr=rate, epochs=epochs,
+                                        minibatch=minibatch, out=str(folder)) | short)
+    usual, result = aspo.update_metrics, dict(point=point, loss=loss, seed=seed, rate=rate, broken="")
+    aspo.update_metrics = ratios_by_probability(usual)
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            aspo.train(cfg)
+    except aspo.UserError as error:
+        if "broken the model" not in str(error):
+            raise
+        result["broken"] = str(error)
+    finally:
+        aspo.update_metrics = usual
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result["rows"] = [{key: round(row[key], 5) for key in KEPT if row.get(key) is not None} for row in rows]
+    if not rollouts and not result["broken"]:
+        result |= evaluate(aspo.checkpoints(folder)[-1], cfg)
+    path.with_suffix(".tmp").write_text(json.dumps(result))
+    path.with_suffix(".tmp").replace(path)
+    shutil.rmtree(folder)
+    return result
 
 
-def common_reward(runs: list[list[dict]]) -> float:
-    """The highest reward, in twentieths, that the mean over five steps reaches in every run."""
-    return int(min(max(smooth(rows, "reward")) for rows in runs) * 20 + 1e-9) / 20
+def evaluate(checkpoint: Path, cfg) -> dict:
+    """Of K responses, sampled as in training, to each held-out problem."""
+    heldout = aspo.load_problems(cfg)[1]
+    policy = aspo.Policy(*aspo.load_model(str(checkpoint)), cfg, heldout, learning=False)
+    aspo.seed_step(cfg, "evaluate")
+    samples = aspo.roll_out(policy, heldout, K, cfg)
+    right = [fmean(s.correct for s in group) for group in aspo.chunks(samples, K)]
+    kinds = [kind(s.problem, s.gold, s.text, s.correct > 0, s.truncated) for s in samples]
+    before = torch.load(checkpoint / "trainer.pt", "cpu", weights_only=True)["before"]
+    return {"before": before, "avg": fmean(right), "pass": fmean(x > 0 for x in right), "kinds": Counter(kinds),
+            "responses": [[s.problem, s.gold, s.text, k] for s, k in zip(samples[::K], kinds[::K])][:READ]}
 
 
-def summary(rows: list[dict], samples: list[dict], equal_reward: float) -> dict[str, float | None]:
-    """Of one run: its metrics.jsonl and its samples of held-out problems."""
-    heldout = [row["heldout_accuracy"] for row in rows if row.get("heldout_accuracy") is not None]
-    rewards, entropies = smooth(rows, "reward"), smooth(rows, "entropy")
-    half, n = len(rows) // 2, max(1, min(10, len(rows) // 4))
-    found = {"held-out accuracy, last": heldout[-1], "held-out accuracy, best": max(heldout),
-             f"entropy at step {half}": entropies[half - 1],
-             f"entropy when reward passes {equal_reward:.2f}":
-                 next((h for r, h in zip(rewards, entropies) if r >= equal_reward), None)}
-    found |= {f"{name}, last {n} steps": last(rows, key, n) for key, name in METRICS.items()}
-    groups = aspo.chunks(samples, K)
-    right = [[s["response"] for s in group if s["correct"]] for group in groups]
-    measures = {f"avg@{K}": [len(r) / K for r in right], f"pass@{K}": [float(bool(r)) for r in right],
-                f"different right responses of {K}": [len(set(r)) for r in right]}
-    return found | {name: statistics.mean(values) if values else None for name, values in measures.items()}
+def rate_of(out: Path, point: int) -> float:
+    """By the rule of the docstring."""
+    def moves_too_far(rate):
+        found = run(out, point, "grpo", RULE["seed"], rate, RULE["rollouts"])
+        # A rollout of equal rewards has no number: it has moved too far before.
+        return bool(found["broken"]) or fmean(row.get("approx_kl", 1) for row in found["rows"]) >= RULE["kl"]
+
+    power = round(torch.tensor(RULE["start"] / point / RULE["unit"]).log2().item())
+    rate = RULE["unit"] * 2**power
+    if moves_too_far(rate):
+        while moves_too_far(rate := rate / 2):
+            pass
+        return rate
+    while not moves_too_far(rate * 2):
+        rate *= 2
+    return rate
 
 
-def show(values: list[float]) -> str:
-    """Mean and half of its 95 % interval, of however many values there are."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f}" + f" ± {half_width(values):.3f}" * (len(values) > 1)
+def jobs(out: Path, seeds, points, rates) -> list[tuple]:
+    """Seed by seed: whatever is finished is a balanced set."""
+    return [(out, point, loss, seed, rates[point]) for seed in seeds for point in points
+            for loss in (LOSSES if point > 1 else LOSSES[:1])]
 
 
-def table(columns: dict[str, dict[int, dict]], pair: tuple[str, str] = ("grpo", "aspo")) -> str:
-    """Of loss -> seed -> summary: means over seeds, and the difference of a pair of losses by seed."""
-    names = [loss for loss in LOSSES if loss in columns] + sorted(set(columns) - set(LOSSES))
-    seeds = sorted(set(columns.get(pair[0], ())) & set(columns.get(pair[1], ())))
-    title = [f"{pair[1]} minus {pair[0]}, by seed ({len(seeds)})"] * bool(seeds)
-    lines = [f"| | {' | '.join([*(f'{name} ({len(columns[name])})' for name in names), *title])} |",
-             "|---" * (len(names) + 1 + len(title)) + "|"]
-    for key in next(iter(columns[names[0]].values())):
-        cells = [show([found[key] for found in columns[name].values()]) for name in names]
-        if seeds:
-            a, b = ([columns[loss][seed][key] for seed in seeds] for loss in pair)
-            cells.append(show([y - x for x, y in zip(a, b) if None not in (x, y)]))
-        lines.append(f"| {key} | {' | '.join(cells)} |")
+# ------------------------------------------------------------------------------------------------------------- tables
+
+def read_rates(out: Path) -> dict[int, float]:
+    path = out / "rates.json"
+    return {int(point): rate for point, rate in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def load(out: Path) -> dict:
+    """point -> loss -> seed -> result, at the chosen rates, of seeds that are finished for all losses."""
+    found = {}
+    for point, rate in sorted(read_rates(out).items()):
+        by_loss = {}
+        for loss in LOSSES:
+            paths = out.glob(f"{point}-{loss if point > 1 else LOSSES[0]}-lr{rate:g}-s*.json")
+            results = [json.loads(path.read_text()) for path in paths if "first" not in path.name]
+            by_loss[loss] = {result["seed"]: result for result in results}
+        if seeds := sorted(set.intersection(*map(set, by_loss.values()))):
+            found[point] = {loss: {seed: by_loss[loss][seed] for seed in seeds} for loss in LOSSES}
+    return found
+
+
+def collapsed(result: dict) -> bool:
+    if result["broken"]:
+        return True
+    heldout = [result["before"], *(row["heldout_accuracy"] for row in result["rows"] if "heldout_accuracy" in row)]
+    return heldout[-1] < heldout[0] or max(heldout) - heldout[-1] > 0.2
+
+
+def measures(result: dict) -> dict:
+    """Of one run, in the order of the long table. None: it has no such number."""
+    rows, kinds = result["rows"], result.get("kinds", {})
+
+    def mean(key, some=rows):
+        values = [row[key] for row in some if key in row]
+        return fmean(values) if values else None
+
+    def recent(key, i):
+        return mean(key, rows[max(0, i - LAST):i])
+
+    heldout = [row["heldout_accuracy"] for row in rows if "heldout_accuracy" in row] or [None]
+    there = next((i for i in range(LAST, len(rows) + 1) if recent("reward", i) >= EQUAL_REWARD), None)
+    right = kinds.get(KINDS[0], 0) + kinds.get(KINDS[1], 0)
+    found = {"held-out accuracy, end": heldout[-1], "held-out accuracy, best": max(heldout),
+             ACCURACY: result.get("avg"), f"pass@{K}": result.get("pass"),
+             "of right responses, right by steps": kinds.get(KINDS[0], 0) / right if right else None,
+             ENTROPY: recent("entropy", len(rows)),
+             f"entropy when reward passes {EQUAL_REWARD}": there and recent("entropy", there),
+             "KL of pi_old and pi": mean("approx_kl"), "tokens of a response": mean("response_length")}
+    for key in ("clip_frac", "ratio", "weight"):
+        for sign, name in {"pos": "A > 0", "neg": "A < 0"}.items():
+            found[f"{key}, {name}"] = mean(f"{key}_{sign}")
+            for part, of in {"low": "pi_old < .5", "high": "pi_old > .5"}.items() if key != "clip_frac" else ():
+                found[f"{key}, {name}, {of}"] = mean(f"{key}_{sign}_{part}")
+    return found
+
+
+def column(by_loss: dict, loss: str, key: str, minus: str | None = None) -> list:
+    """A measure of each seed, or its difference to another loss."""
+    x, y = ([measures(result)[key] for result in by_loss[name].values()] for name in (loss, minus or loss))
+    return [None if None in pair else pair[0] - pair[1] if minus else pair[0] for pair in zip(x, y)]
+
+
+def cell(values: list, sign="") -> str:
+    """Mean over seeds ± half of its interval; in brackets how many seeds have a value, if not all."""
+    some = [x for x in values if x is not None]
+    width = f" ± {half_width(some):.3f}" if len(some) > 1 else ""
+    return f"{fmean(some):{sign}.3f}{width}{f' ({len(some)})' * (len(some) < len(values))}" if some else ""
+
+
+def summary(found: dict, rates: dict) -> str:
+    """The short table: a row for each number of steps."""
+    heads = [f"{key}{name}" for key in ("avg@16: ", "entropy: ") for name in ("GRPO", "ASPO - GRPO", "no-is - GRPO")]
+    lines = [f"| steps (rate; seeds) | {' | '.join(heads)} | collapsed |", "|---" * 8 + "|"]
+    for point, by_loss in found.items():
+        cells = [f"{point} ({rates[point]:g}; {len(by_loss['grpo'])})"]
+        for key in (ACCURACY, ENTROPY):
+            cells.append(cell(column(by_loss, "grpo", key)))
+            cells += [cell(column(by_loss, loss, key, "grpo"), "+") if point > 1 else "0" for loss in LOSSES[1:]]
+        cells.append(", ".join(str(sum(map(collapsed, by_loss[loss].values()))) for loss in LOSSES))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def found_runs(out: Path) -> dict[str, dict[str, dict[int, Path]]]:
-    """rate -> loss -> seed -> folder of every finished run."""
-    found = {}
-    for folder in sorted(out.glob("*-lr*-s*")):
-        name = re.fullmatch(r"(.+)-lr(.+)-s(\d+)", folder.name)
-        if name and finished(folder):
-            loss, lr, seed = name.groups()
-            found.setdefault(lr, {}).setdefault(loss, {})[int(seed)] = folder
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+def details(by_loss: dict) -> str:
+    """The long table of one number of steps: a row for each measure."""
+    lines = [f"| | {' | '.join(LOSSES)} | aspo - grpo | no-is - grpo |", "|---" * 6 + "|"]
+    for key in measures(next(iter(by_loss["grpo"].values()))):
+        cells = [cell(column(by_loss, loss, key)) for loss in LOSSES]
+        cells += [cell(column(by_loss, loss, key, "grpo"), "+") for loss in LOSSES[1:]]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    rows = {"collapsed seeds": [[seed for seed, x in by_loss[loss].items() if collapsed(x)] for loss in LOSSES]}
+    for name in KINDS:
+        rows[f"responses: {name}"] = [sum(x.get("kinds", {}).get(name, 0) for x in by_loss[loss].values())
+                                      for loss in LOSSES]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(map(str, cells))} | | |" for name, cells in rows.items())])
+
+
+def picture(found: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, key in zip(fig.subplots(1, 2), (ACCURACY, ENTROPY)):
+        for shift, (loss, colour) in zip((0.94, 1, 1.06), COLOURS.items()):  # so that bars stand side by side
+            points = {n: [x for x in column(by_loss, loss, key) if x is not None] for n, by_loss in found.items()}
+            points = {n: x for n, x in points.items() if x}
+            axis.errorbar([n * shift for n in points], list(map(fmean, points.values())),
+                          list(map(half_width, points.values())), color=colour, label=loss, capsize=3, marker=".")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(found), map(str, found))
+        axis.set(title=key, xlabel="optimiser steps per rollout")
+        axis.grid(alpha=0.25)
+    axis.legend()
+    fig.savefig(path, dpi=110)
 
 
 def report(out: Path) -> None:
-    """A table for each learning rate, and the picture of all."""
-    found = found_runs(out)
-    if not found:
-        print(f"no finished run in {out}")
-        return
-    metrics = {folder: read_lines(folder / "metrics.jsonl")
-               for by_loss in found.values() for by_seed in by_loss.values() for folder in by_seed.values()}
-    for lr, by_loss in found.items():
-        equal_reward = common_reward([metrics[folder] for by_seed in by_loss.values() for folder in by_seed.values()])
-        columns = {loss: {seed: summary(metrics[folder], evaluated(folder), equal_reward)
-                          for seed, folder in by_seed.items()} for loss, by_seed in by_loss.items()}
-        print(f"\nlearning rate {lr}: mean over seeds ± half of its 95 % interval; in brackets, the number of runs\n")
-        print(table(columns), flush=True)
-    picture({lr: {loss: [metrics[folder] for folder in by_seed.values()] for loss, by_seed in by_loss.items()}
-             for lr, by_loss in found.items()}, out / "curves.png")
+    found, rates = load(out), read_rates(out)
+    print(summary(found, rates))
+    for point, by_loss in found.items():
+        print(f"\n{point} optimiser steps per rollout, rate {rates[point]:g}\n\n{details(by_loss)}")
+    picture(found, out / "sweep.png")
 
 
-def picture(runs: dict[str, dict[str, list[list[dict]]]], path: Path) -> None:
-    """Reward, held-out accuracy and entropy: a line of panels for each learning rate."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    fig, axes = pyplot.subplots(
-        len(runs), len(CURVES), figsize=(11, 3.4 * len(runs)), layout="constrained", squeeze=False)
-    for line, (lr, by_loss) in zip(axes, runs.items()):
-        for axis, (key, title) in zip(line, CURVES.items()):
-            for loss, seeds in by_loss.items():
-                points = {}
-                for row in (row for rows in seeds for row in rows if row.get(key) is not None):
-                    points.setdefault(row["step"], []).append(row[key])
-                steps = sorted(points)
-                means, widths = ([of(points[step]) for step in steps] for of in (statistics.mean, half_width))
-                axis.plot(steps, means, color=COLOURS.get(loss), label=f"{loss} ({len(seeds)})", linewidth=1.4)
-                axis.fill_between(steps, [m - w for m, w in zip(means, widths)], [m + w for m, w in zip(means, widths)],
-                                  color=COLOURS.get(loss), alpha=0.18, linewidth=0)
-            axis.set(title=f"{title}, lr {lr}", xlabel="step")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        line[0].legend(title="loss (runs)", frameon=False)
-    fig.suptitle("mean over seeds, band: 95 % interval of that mean", x=0.01, ha="left", fontsize=9, color="#666666")
-    fig.savefig(path, dpi=130)
-    pyplot.close(fig)
-    print(f"\npicture in {path}")
+def read(out: Path, points) -> None:
+    for point, by_loss in load(out).items():
+        for loss, by_seed in by_loss.items():
+            for seed, result in by_seed.items() if point in points else ():
+                print(f"\n{point} steps, {loss}, seed {seed}")
+                for problem, gold, text, name in result.get("responses", ()):
+                    print(f"{name:<22}{problem} is {gold:>2}: {text!r}")
 
 
-def read(out: Path, n: int) -> None:
-    """Print n responses of a run at the start, from a third on, and at the end."""
-    rows = read_lines(out / "samples.jsonl")
-    steps = sorted({row["step"] for row in rows})
-    if not rows:
-        return
-    third = next(i for i, row in enumerate(rows) if row["step"] >= steps[len(steps) // 3])
-    for where, part in (("start", rows[:n]), ("a third", rows[third:third + n]), ("end", rows[-n:])):
-        print(f"\n{out.name}, {where}: step {part[0]['step']} to {part[-1]['step']}, mean reward "
-              f"{statistics.mean(row['reward'] for row in part):.2f}")
-        for row in part:
-            print(f"{row['reward']:5.2f}  {row['problem']!r} = {row['gold']!r}: {row['response']!r}")
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--data", help="[arithmetic; sums of a real model]")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES))
-    parser.add_argument("--lr", nargs="+", help="[4e-4; 1e-5 of a real model]")
-    parser.add_argument("--out", help="[runs/experiment-<model>-<data>]")
+    parser.add_argument("command", choices=("sweep", "table", "read"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--points", type=int, nargs="+", default=list(POINTS), choices=POINTS)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on one thread")
-    parser.add_argument("--table", action="store_true", help="report what is finished, start nothing")
-    parser.add_argument("--read", type=int, metavar="N", help="print N responses of every run in OUT at three stages")
-    args, more = parser.parse_known_args(argv)
-    tiny = args.model == "tiny"
-    data, rates = args.data or ("arithmetic" if tiny else "sums"), args.lr or ["4e-4" if tiny else "1e-5"]
-    out = Path(args.out or f"runs/experiment-{Path(args.model).name}-{data}")
-    if args.read:
-        for folder in sorted(out.glob("*-lr*-s*")):
-            read(folder, args.read)
-        return 0
-    failed = []
-    if not args.table:
-        flags = ["--model", args.model, "--data", data, *([] if tiny else REAL), *more]
-        write_heldout(out, flags)
-        jobs = [(out / f"{loss}-lr{lr}-s{seed}", [*flags, "--loss", loss, "--lr", lr, "--seed", seed])
-                for seed in range(args.first_seed, args.first_seed + args.seeds)
-                for lr in rates for loss in args.losses]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for (folder, _), error in zip(jobs, pool.map(lambda job: run(*job), jobs)):
-                print(f"{folder}: {error or 'finished'}", file=sys.stderr, flush=True)
-                failed += [folder] * bool(error)
-    report(out)
-    return 1 if failed else 0
+    args = parser.parse_args(argv)
+    if args.command == "read":
+        read(args.out, args.points)
+        return
+    if args.command == "sweep":
+        args.out.mkdir(parents=True, exist_ok=True)
+        # Processes of their own: a fork of one that has used torch may hang.
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            start_of(args.out, RULE["seed"])
+            several = sorted({max(4, point) for point in args.points})
+            rates = dict(zip(several, pool.map(rate_of, [args.out] * len(several), several)))
+            known = read_rates(args.out) | {point: rates[max(4, point)] for point in args.points}
+            (args.out / "rates.json").write_text(json.dumps(known))
+            list(pool.map(start_of, [args.out] * args.seeds, range(args.seeds)))
+            todo = jobs(args.out, range(args.seeds), args.points, known)
+            for job, _ in zip(todo, pool.map(run, *zip(*todo))):
+                print(*job[1:], file=sys.stderr, flush=True)
+    report(args.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
