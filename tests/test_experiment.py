@@ -1,9 +1,11 @@
 """The tables of experiment.py on made-up runs, whose numbers are known; its rule; and runs of two rollouts."""
+import dataclasses
 import json
 
 import experiment
 import pytest
-from experiment import LOSSES, aspo
+import torch
+from conftest import aspo
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -16,10 +18,11 @@ from experiment import LOSSES, aspo
     ("3+1+5+2=11\n#### 11", "repeats the question"),
 ])
 def test_kinds(text, expected):
-    assert experiment.kind("3+1+5+2", "11", text, right=True, truncated=False) == expected
-    assert experiment.kind("3+1+5+2", "11", text, right=True, truncated=True) == "cut off"
+    sample = aspo.Sample("3+1+5+2", "11", [], [], text, correct=1.0)
+    assert experiment.kind(sample) == expected
+    assert experiment.kind(dataclasses.replace(sample, truncated=True)) == "cut off"
     if "right" in expected:
-        assert experiment.kind("3+1+5+2", "11", text, right=False, truncated=False) == "wrong"
+        assert experiment.kind(dataclasses.replace(sample, correct=0.0)) == "wrong"
 
 
 def write(out, loss, seed, point=8, rate=4e-4, avg=0.5, entropy=0.4, before=0.3, heldout=(0.6, 0.7), broken=""):
@@ -51,19 +54,17 @@ def out(tmp_path):
 
 def test_tables_and_picture(out, capsys):
     experiment.main(["table", "--out", str(out)])
-    short, one, eight = capsys.readouterr().out.split("optimiser steps per rollout, rate")
+    short, one, eight = capsys.readouterr().out.split(" optimiser steps per rollout")
     # .4 .5 .6 and the differences .1 0 .2: standard deviation .1, times 4.303 / sqrt(3).
     assert ("| 8 (0.0004; 3) | 0.500 ± 0.248 | +0.100 ± 0.248 | -0.050 ± 0.635 (2) | 0.200 ± 0.000 | -0.100 ± 0.000 | "
-            "+0.000 ± 0.000 | 0, 2, 1 |") in short
-    assert "| 1 (0.0008; 3) | 0.500 ± 0.000 | 0 | 0 | 0.200 ± 0.000 | 0 | 0 | 0, 0, 0 |" in short
-    assert "| avg@16 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in one  # GRPO's runs, for all
+            "+0.000 ± 0.000 | []; [1, 2]; [0] |") in short
+    assert "| avg@16 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 | +0.000" in one  # GRPO's runs, for all
     lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in eight.splitlines()}
     assert lines["| held-out accuracy, best"][1] == "0.533 ± 0.287"  # .6 .6 .4
     # Rollouts 2 to 6 are the first five above .4: four of entropy .4, one of .2.
     assert lines["| entropy when reward passes 0.4"][0] == "0.360 ± 0.000"
     assert lines["| of right responses, right by steps"][0] == "0.250 ± 0.000"
-    assert lines["| weight, A > 0"][0] == "" and lines["| ratio, A > 0"][0] == "1.100 ± 0.000"
-    assert lines["| collapsed seeds"][:3] == ["[]", "[1, 2]", "[0]"]
+    assert lines["| weight_pos"][0] == "" and lines["| ratio_pos"][0] == "1.100 ± 0.000"
     assert lines["| responses: right, decorated"][:3] == ["9", "9", "6"]
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -89,36 +90,41 @@ def test_the_rule_for_rates(monkeypatch, kl_at_a_thousandth, breaks, expected):
     assert experiment.rate_of(None, 8) == pytest.approx(expected)
 
 
-def test_jobs_go_seed_by_seed():
-    names = [job[1:4] for job in experiment.jobs(None, range(2), [1, 8], {1: 1, 8: 1})]
-    assert names[:4] == [(1, "grpo", 0), *((8, loss, 0) for loss in LOSSES)] and names[4] == (1, "grpo", 1)
-
-
-def test_runs(tmp_path, monkeypatch):
-    """Losses begin alike, are the same with one step, part with several; what is finished is not run again."""
-    for name, value in dict(steps=2, prompts=4, eval_problems=4, eval_every=1, sft_steps=60).items():
+@pytest.fixture
+def short(monkeypatch):
+    """Two rollouts of a model that can nothing, and is paid for an even number of characters."""
+    for name, value in dict(steps=2, prompts=4, eval_problems=4, eval_every=1, sft_steps=1).items():
         monkeypatch.setitem(experiment.SETTINGS, name, value)
     monkeypatch.setattr(experiment, "POINTS", {1: (4, 1), 4: (2, 2)})
-    one, other = (experiment.run(tmp_path, 1, loss, 0, 1e-3) for loss in ("grpo", "aspo"))
-    assert all(other[key] == one[key] for key in ("rows", "before", "avg", "responses"))
-    assert one["rows"][0]["weight_pos"] == one["rows"][0]["ratio_neg"] == 1
-    four, other = (experiment.run(tmp_path, 4, loss, 0, 1e-3) for loss in ("grpo", "aspo"))
+    monkeypatch.setattr(aspo, "right_answer", lambda response, problem: 1.0 - len(response) % 2)
+
+
+def test_runs(tmp_path, short, monkeypatch):
+    """Losses begin alike, are the same with one step, part with several; what is finished is not run again."""
+    one, same = (experiment.run(tmp_path, 1, loss, 0, 3e-3) for loss in ("grpo", "aspo"))
+    for row in one["rows"] + same["rows"]:
+        del row["sample_seconds"], row["update_seconds"]
+    assert all(same[key] == one[key] for key in ("rows", "before", "avg", "responses"))
+    assert one["rows"][0]["weight_pos"] == one["rows"][0]["ratio_neg_low"] == 1
+    four, other = (experiment.run(tmp_path, 4, loss, 0, 3e-3) for loss in ("grpo", "aspo"))
     (a, a_last), (b, b_last) = four["rows"], other["rows"]
     assert a["reward"] == b["reward"] and a["weight_pos_low"] != b["weight_pos_low"]
-    assert a_last["entropy"] != b_last["entropy"]
-    low, high = sorted((a["ratio_pos_low"], a["ratio_pos_high"]))
-    assert low < a["ratio_pos"] < high
+    assert a_last["entropy"] != b_last["entropy"] and a["ratio_pos_low"] != 1
     assert sum(four["kinds"].values()) == 4 * 16 and len(four["responses"]) == 4
     assert not any(path.is_dir() for path in tmp_path.glob("*-lr*"))
     monkeypatch.setattr(aspo, "train", None)
-    assert experiment.run(tmp_path, 4, "aspo", 0, 1e-3) == other
+    assert experiment.run(tmp_path, 4, "aspo", 0, 3e-3) == other
 
 
-def test_a_run_that_breaks_is_a_result(tmp_path, monkeypatch):
-    for name, value in dict(steps=3, prompts=4, sft_steps=1).items():
-        monkeypatch.setitem(experiment.SETTINGS, name, value)
-    monkeypatch.setattr(experiment, "POINTS", {4: (2, 2)})
-    monkeypatch.setattr(aspo, "heldout_accuracy", lambda run: 0.5)
+def test_ratios_by_probability():
+    stats = [{"advantage": torch.tensor([1.0, 1, 1, -1]), "log_ratio": torch.tensor([0.5, 1, 3, 2]).log(),
+              "old_prob": torch.tensor([0.1, 0.4, 0.5, 0.9])}]
+    found = experiment.ratios_by_probability(lambda *_: {"x": 1})(stats)
+    assert found == {"x": 1, "ratio_pos_low": 0.75, "ratio_pos_high": pytest.approx(3), "ratio_neg_low": None,
+                     "ratio_neg_high": pytest.approx(2)}
+
+
+def test_a_run_that_breaks_is_a_result(tmp_path, short, monkeypatch):
     usual = aspo.rollout_metrics
     monkeypatch.setattr(aspo, "rollout_metrics", lambda samples, cfg: usual(samples, cfg) | {"reward": float("nan")})
     result = experiment.run(tmp_path, 4, "grpo", 0, 1e-3)
