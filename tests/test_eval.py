@@ -1,183 +1,100 @@
-"""The evaluator: measures against enumeration, readers on made-up rows, the real script killed and resumed."""
+"""The evaluator: measures against enumeration, benchmarks of made-up rows, a short run of the tiny model."""
 import io
 import itertools
 import json
-import math
-import os
-import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, aspo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import aspo
 import eval as evaluation
-from aspo import UserError
 from eval import BENCHES, interval, load_bench, majority, pass_at, scores
 
 
-# --------------------------------------------------------------------------------------------------------- measures
-
-
-@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 1), (5, 3), (6, 0), (6, 6), (7, 2)])
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 1), (5, 3), (6, 6), (7, 2)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, c):
-    samples = [True] * c + [False] * (n - c)
     for k in range(1, n + 1):
-        subsets = list(itertools.combinations(samples, k))
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
         assert pass_at(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    for k in (0, n + 1):
-        with pytest.raises(ValueError, match="pass@"):
-            pass_at(n, c, k)
 
 
 @pytest.mark.parametrize("answers, correct, expected", [
     (["1/2", "0.5", "3", "3", r"\frac{2}{4}"], [1, 1, 0, 0, 1], 1),  # equal answers vote together
-    (["3", "3", "1/2"], [0, 0, 1], 0),
-    (["1", "2"], [1, 0], 1 / 2), (["1", "2", "3"], [0, 0, 1], 1 / 3),  # a tie is drawn
-    ([None, None, None, "7"], [0, 0, 0, 1], 1),  # no answer is no vote
-    ([None, None], [0, 0], 0), ([], [], 0),
-    (["not readable (", "not readable (", "5"], [0, 0, 1], 0),
-    # of one answer, the share of right responses: one was cut off; one repeats the question, first or last
-    (["5", "5", "7"], [0, 1, 0], 1 / 2),
-    (["2+3", "5", "5", "7"], [0, 1, 1, 0], 2 / 3), (["5", "2+3", "2+3", "7"], [1, 0, 0, 0], 1 / 3)])
+    (["1", "2", "3"], [0, 0, 1], 1 / 3), (["(", "(", "5"], [0, 0, 1], 0),  # a tie is drawn
+    ([None, None, None, "7"], [0, 0, 0, 1], 1), ([None, None], [0, 0], 0),  # no answer is no vote
+    (["5", "5", "7"], [0, 1, 0], 1 / 2)])  # the first was cut off
 def test_majority_by_hand(answers, correct, expected):
     assert majority(answers, correct) == pytest.approx(expected)
 
 
-def row_of(correct, extracted, tokens=1):
-    """A sample; those of 9 tokens were cut off."""
-    return {"correct": correct, "extracted": extracted, "truncated": tokens == 9, "tokens": tokens, "repetition": 0.5}
-
-
 def test_interval_against_all_resamples():
-    """Of three problems there are 27 equally likely resamples; the percentiles of their means are known exactly."""
-    values = [0.0, 0.25, 1.0]
-    means = sorted(sum(draw) / 3 for draw in itertools.product(values, repeat=3))
-    low, high = interval(values, resamples=100_000)
-    # all three 0.0: 1/27 = 3.7 % of the resamples, more than 2.5 %; the same at the upper end
-    assert low == pytest.approx(means[0]) and high == pytest.approx(means[-1])
+    """Three problems have 27 equally likely resamples: all are 0.0 in 3.7 % of them, more than 2.5 %."""
+    assert interval([0.0, 0.25, 1.0]) == pytest.approx((0, 1))
+    values = [1.0] * 600 + [0.0] * 1400  # many problems: the normal one, 1.96 * sqrt(.3 * .7 / 2000)
+    assert interval(values) == pytest.approx((0.3 - 0.0201, 0.3 + 0.0201), abs=0.002)
 
 
-def test_interval_of_many_problems_is_the_normal_one_and_repeats_do_not_shrink_it():
-    rng = random.Random(0)
-    values = [float(rng.random() < 0.3) for _ in range(2000)]
-    mean = sum(values) / 2000
-    half = 1.96 * math.sqrt(mean * (1 - mean) / 2000)
-    assert interval(values) == pytest.approx((mean - half, mean + half), abs=0.002)
-    assert interval([0.4] * 30) == (0.4, 0.4)
-    # 16 samples that agree are one problem's evidence: thirty problems stay thirty
-    rows = [row_of(bool(value), "1") for value in values[:30] for _ in range(16)]
-    low, high = scores(rows, 16)["avg@16"]["interval"]
-    assert (low, high) == pytest.approx(interval(values[:30])) and high - low > 0.2
+def row_of(correct, extracted, tokens=1):
+    return {"correct": correct, "extracted": extracted, "truncated": False, "tokens": tokens, "repetition": 0.5}
 
 
 def test_scores_by_hand():
-    row = row_of
-    rows = [row(True, "1", 3), row(False, "2", 9), row(False, "2.0", 3), row(False, None, 9),  # one right of four
-            row(True, "5", 3), row(True, "5", 3), row(True, "10/2", 3), row(False, "6", 3)]
+    rows = [row_of(True, "1"), row_of(False, "2", 5), row_of(False, "2.0"), row_of(False, None),
+            row_of(True, "5"), row_of(True, "5"), row_of(True, "10/2"), row_of(False, "6")]
     found = scores(rows, 4)
     value = lambda name: found[name]["value"]
     assert (value("avg@4"), value("pass@1"), value("maj@4")) == pytest.approx((0.5, 0.5, 0.5))
     assert value("pass@2") == pytest.approx((3 / 6 + 1) / 2) and value("pass@4") == 1
-    assert (found["problems"], found["samples"], found["truncated"], found["response_length"]) == (2, 8, 0.25, 4.5)
-    found = scores(rows[:6], 3)
-    assert {"problems", "pass@1", "pass@2", "pass@3"} <= set(found) and "pass@4" not in found
+    assert (found["problems"], found["samples"], found["tokens"]) == (2, 8, 1.5)
+    assert {"pass@1", "pass@2", "pass@3"} <= set(scores(rows[:6], 3))
+    rows = [row_of(value, "1") for value in [1, 0, 0, 1, 0] for _ in range(16)]  # the evidence of five
+    assert scores(rows, 16)["avg@16"]["interval"] == pytest.approx(interval([1, 0, 0, 1, 0]))
+    # a reward of one's own is averaged, and right above a half
+    found = scores([row_of(c, "1") for c in (0.5, 0.51, 2.0, -1.0)], 4)
+    assert found["avg@4"]["value"] == pytest.approx(2.01 / 4) and found["pass@1"]["value"] == 1 / 2
 
 
-def test_a_reward_of_ones_own_is_averaged_and_right_above_a_half():
-    rows = [row_of(c, a) for c, a in (
-        (0.5, "1"), (0.51, "2"), (2.0, "2"), (-1.0, "1"), (0.5, "3"), (0.25, "3"), (0.0, None), (0.25, "4"))]
-    found = scores(rows, 4)
-    value = lambda name: found[name]["value"]
-    assert value("avg@4") == pytest.approx((2.01 / 4 + 1 / 4) / 2)
-    assert (value("pass@1"), value("pass@4")) == pytest.approx((1 / 4, 1 / 2))
-    assert value("maj@4") == pytest.approx(1 / 4)  # 1 and 2 are drawn, then 3 leads
-
-
-# ------------------------------------------------------------------------------------------------------- benchmarks
+# ------------------------------------------------------------------ benchmarks
 
 ROWS = {  # made-up rows with the columns of the hub sets
     "gsm8k": ({"question": "Q", "answer": "We add.\n#### 1,234"}, "Q", "1,234"),
-    "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}", "subject": "a"}, "P", r"\frac{1}{2}"),
-    "aime24": ({"id": 1, "problem": "P", "solution": "s", "answer": "025", "url": "", "year": "2024"}, "P", "025"),
-    "aime25": ({"problem": "P", "answer": "70", "id": "1"}, "P", "70"),
-    "amc23": ({"question": "Q", "answer": 27.0, "id": 0, "url": ""}, "Q", "27.0"),
-    "minerva": ({"question": r"Earlier: \boxed{9}. Q", "answer": "4.5e33"}, r"Earlier: \boxed{9}. Q", "4.5e33"),
-    "olympiad": ({"question": "Q", "final_answer": ["$2$", "$3$"], "is_multiple_answer": True, "unit": None},
-                 "Q", "$2$, $3$"),
-    "svamp": ({"ID": "c", "Body": "Ann has 2.", "Question": "How many?", "Equation": "", "Answer": "2.0", "Type": ""},
-              "Ann has 2. How many?", "2.0"),
+    "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}"}, "P", r"\frac{1}{2}"),
+    "aime24": ({"id": 1, "problem": "P", "solution": "s", "answer": "025"}, "P", "025"),
+    "aime25": ({"problem": "P", "answer": "70"}, "P", "70"),
+    "amc23": ({"question": "Q", "answer": 27.0, "id": 0}, "Q", "27.0"),
+    "minerva": ({"question": r"\boxed{9}? Q", "answer": "4.5e33"}, r"\boxed{9}? Q", "4.5e33"),
+    "olympiad": ({"question": "Q", "final_answer": ["$2$", "$3$"], "unit": None}, "Q", "$2$, $3$"),
+    "svamp": ({"Body": "B", "Question": "Q", "Answer": "2.0"}, "B Q", "2.0"),
 }
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A list of rows that the hub has, for any set; hub.asked is what was asked for."""
-    class Rows(list):
-        asked = []
-
-    rows = Rows()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: (
-        rows.asked.append((args, options)) or datasets.Dataset.from_list(rows)))
-    return rows
-
-
 @pytest.mark.parametrize("name", BENCHES)
-def test_hub_sets(name, hub):
+def test_hub_sets(name, monkeypatch):
     row, problem, answer = ROWS[name]
-    hub.append(row)
+    hub = {BENCHES[name]: datasets.Dataset.from_list([row])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, part, split: hub[path, part, split])
     [found] = load_bench(name)
     assert (found["problem"], found["answer"], found["row"]) == (problem, answer, row)
-    assert hub.asked == [((BENCHES[name][0], BENCHES[name][1]), {"split": BENCHES[name][2]})]
 
 
-def test_traps_of_the_sets_are_right_answers():
-    for given, name in (("25", "aime24"), ("27", "amc23"), ("4.5 \\times 10^{33}", "minerva"), ("3, 2", "olympiad"),
-                        ("2", "svamp"), ("1234", "gsm8k")):
-        assert aspo.math_reward(rf"\boxed{{{given}}}", ROWS[name][2])
-    assert not aspo.math_reward("I give up", ROWS["minerva"][2])
+@pytest.mark.parametrize("name, words", [
+    ("math500", "--bench math500.*found the columns text, label"), ("aime24", "cannot load --bench aime24"),
+    ("gsm9k", "no benchmark.*gsm8k"), ("no.jsonl", "cannot read")])
+def test_bad_benches(name, words, monkeypatch):
+    hub = {"HuggingFaceH4/MATH-500": [{"text": "Q", "label": "7"}]}  # nothing else: as without a network
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **options: hub[path])
+    with pytest.raises(aspo.UserError, match=words):
+        load_bench(name)
 
 
-@pytest.mark.parametrize("gold", [
-    "17", "-3", "3.50", "1,080", r"\frac{14}{3}", r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\text{Evelyn}",
-    "4.5e33", r"6 - 5i", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "x^2 + 1", r"\$36", r"90^\circ", "(C)", "even",
-    "11111_2", "1, -2"])
-def test_a_bare_answer_of_a_hub_set_stays_what_it_is(gold, hub):
-    hub.append({"problem": "P", "answer": gold, "solution": r"\boxed{other}"})
-    assert load_bench("math500")[0]["answer"] == gold
-
-
-def test_equal_problems_of_a_hub_set_all_count(hub):
-    hub += [{"problem": "P", "answer": "1"}] * 3
-    assert len(load_bench("math500")) == 3
-
-
-def test_bad_benches(hub, monkeypatch, tmp_path):
-    hub += [{"question": "Q", "answer": "It is 7.\n#### 7"}, {"question": "R", "answer": "no marker ####"},
-            {"question": "S", "answer": None}]
-    with pytest.raises(UserError, match="cannot load --bench gsm8k .*: 2 of 3 problems have no answer"):
-        load_bench("gsm8k")
-    hub[:] = [{"text": "Q", "label": "7"}]
-    with pytest.raises(UserError, match="cannot load --bench math500.*1 of 1.*found the columns text, label"):
-        load_bench("math500")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    with pytest.raises(UserError, match="cannot load --bench math500"):  # no network, for one
-        load_bench("math500")
-    with pytest.raises(UserError, match="--bench.* arithmetic, sums, gsm8k"):
-        load_bench("gsm9k")
-    with pytest.raises(UserError, match="cannot read"):
-        load_bench(str(tmp_path / "no.jsonl"))
-
-
-# ------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------ the script
 
 
 def main(capsys, *arguments):
@@ -187,8 +104,12 @@ def main(capsys, *arguments):
     return status, printed.out, "\n".join(line for line in printed.err.splitlines() if line.startswith("error:"))
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def results_of(out):
+    return list(json.loads((out / "results.json").read_text()).values())
+
+
+def samples_of(out):
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("*.jsonl")]
 
 
 def contents(folder):
@@ -200,364 +121,210 @@ def trained(tmp_path_factory):
     """A short run of the tiny model, with two checkpoints."""
     folder = tmp_path_factory.mktemp("eval") / "run"
     aspo.train(aspo.parse(["--out", str(folder), *(
-        "--steps 2 --sft_steps 60 --prompts 8 --minibatch 4 --group_size 4 --max_new_tokens 24 --eval_problems 8 "
-        "--eval_every 1 --save_every 1").split()]))
+        "--steps 2 --sft_steps 60 --prompts 8 --minibatch 4 --group_size 4 --max_new_tokens 24 "
+        "--eval_problems 8 --eval_every 0 --save_every 1").split()]))
     return folder
 
 
-@pytest.fixture(scope="module")
-def whole(trained, tmp_path_factory):
-    """An evaluation that nothing disturbed: its arguments and folder."""
-    arguments = [str(trained), *"--bench arithmetic --limit 60 --k 4 --sample_rows 8".split()]
-    out = tmp_path_factory.mktemp("eval") / "whole"
-    assert evaluation.main([*arguments, "--out", str(out)]) == 0
-    return arguments, out
+def variant(trained, folder, **settings):
+    """A copy of the run, as if it had other settings."""
+    shutil.copytree(trained, folder)
+    (folder / "config.json").write_text(json.dumps(aspo.read_config(trained) | settings))
+    return folder
 
 
-def test_killed_and_resumed_is_the_same(whole, tmp_path, capsys):
+def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     """The real script, killed at work; a second one beside it is refused and changes nothing."""
-    arguments, out = whole
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *arguments, "--out", str(tmp_path / "broken")],
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    path = tmp_path / "broken" / "arithmetic.jsonl"
-    while not path.exists() or path.read_text().count("\n") < 80:
+    arguments = [trained, *"--bench arithmetic --limit 16 --k 4 --sample_rows 8 --out".split()]
+    broken = tmp_path / "broken"
+    assert main(capsys, *arguments, tmp_path / "whole")[0] == 0
+    process = subprocess.Popen([sys.executable, ROOT / "eval.py", *arguments, broken])
+    while not (found := list(broken.glob("*.jsonl"))) or found[0].read_bytes().count(b"\n") < 16:
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(signal.SIGSTOP)
-    before = contents(tmp_path / "broken")
-    status, _, error = main(capsys, *arguments, "--out", tmp_path / "broken")
-    assert status == 2 and "in use" in error and "is running" in error and error.count("\n") == 0
-    assert contents(tmp_path / "broken") == before
+    before = contents(broken)
+    status, _, error = main(capsys, *arguments, broken)
+    assert status == 2 and "in use" in error and contents(broken) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 80 <= path.read_text().count("\n") < 240
-    with path.open("a") as file:
+    assert found[0].read_bytes().count(b"\n") < 64
+    with found[0].open("a") as file:
         file.write('{"problem": "1+')  # a line that the kill has torn
-    assert main(capsys, *arguments, "--out", tmp_path / "broken")[0] == 0
-    assert contents(tmp_path / "broken") == contents(out)
-    rows = lines(path)
-    assert len(rows) == 240 and len({row["response"] for row in rows}) > 50
-    assert set(rows[0]) == {"problem", "response", "extracted", "gold", "correct", "truncated", "tokens", "repetition"}
+    assert main(capsys, *arguments, broken)[0] == 0
+    assert contents(broken) == contents(tmp_path / "whole")
+    [rows] = samples_of(broken)
+    assert len(rows) == 64 and len({row["response"] for row in rows}) > 30
 
 
-def test_finished_already_is_only_reported(whole, monkeypatch, capsys):
-    arguments, out = whole
-    before = contents(out)
-    monkeypatch.setattr(aspo, "roll_out", None)
-    status, printed, _ = main(capsys, *arguments, "--out", out)
-    assert status == 0 and "avg@4" in printed and contents(out) == before
+def test_whole_chunks_of_a_torn_file_are_kept(tmp_path):
+    data = b"".join(b'{"n": %2d}\n' % n for n in range(22))  # a chunk is 8 samples, the last one is shorter
+    for torn, kept in ((data[:-1], 16), (data + b'{"n": ', 22), (data[:20], 0)):
+        (tmp_path / "a").write_bytes(torn)
+        assert [row["n"] for row in evaluation.finished(tmp_path / "a", 22, 8)] == list(range(kept))
+        assert (tmp_path / "a").read_bytes() == b"".join(data.splitlines(keepends=True)[:kept])
 
 
-def first_lines(data, n):
-    return b"".join(data.splitlines(keepends=True)[:n])
-
-
-def nearly_done(whole, folder):
-    """The evaluation as it stood when 30 of its 240 samples were missing."""
-    arguments, out = whole
-    folder.mkdir()
-    results = json.loads((out / "results.json").read_text()) | {"benchmarks": {}}
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "arithmetic.jsonl").write_bytes(first_lines((out / "arithmetic.jsonl").read_bytes(), 210))
-    return [*arguments, "--out", folder]
-
-
-@pytest.mark.parametrize("damage, kept", [
-    (lambda data: data, 240), (lambda data: data[:-1], 232),  # the end of the last line; a chunk is 8 samples
-    (lambda data: data + b'{"problem": ', 240), (lambda data: b"", 0), (lambda data: data[:50], 0),
-    (lambda data: first_lines(data, 1), 0), (lambda data: first_lines(data, 17), 16),
-    (lambda data: first_lines(data, 40) + bytes(300) + b"\n" + data[3000:], 40)])  # after a power cut
-def test_whole_chunks_of_a_damaged_file_are_kept(whole, damage, kept, tmp_path):
-    data, path = (whole[1] / "arithmetic.jsonl").read_bytes(), tmp_path / "a.jsonl"
-    problems = random.Random(0).sample(load_bench("arithmetic"), 125)[:60]
-    path.write_bytes(damage(data))
-    rows = evaluation.finished(path, problems, 4, 2)
-    assert path.read_bytes() == first_lines(data, kept)
-    assert rows == [json.loads(line) for line in data.splitlines()[:kept]]
-    assert evaluation.finished(tmp_path / "new.jsonl", problems, 4, 2) == []
-
-
-def test_torn_results_are_one_line(whole, tmp_path, capsys):
-    arguments, out = whole
-    shutil.copytree(out, tmp_path / "a")
-    for text in ("", '{"settings": {"mod', "[]", '{"benchmarks": {}}', "null"):
-        (tmp_path / "a" / "results.json").write_text(text)
-        before = contents(tmp_path / "a")
-        status, _, error = main(capsys, *arguments, "--out", tmp_path / "a")
-        assert status == 2 and "results.json" in error and "--out" in error and error.count("\n") == 0, text
-        assert contents(tmp_path / "a") == before
-
-
-def test_a_full_disk_is_one_line_and_goes_on(whole, tmp_path, capsys):
-    arguments = nearly_done(whole, tmp_path / "a")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    room = (tmp_path / "a" / "arithmetic.jsonl").stat().st_size + 1000  # enough for a part of a chunk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        status, _, error = main(capsys, *arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2 and "cannot write" in error and str(tmp_path / "a") in error and error.count("\n") == 0
-    assert (tmp_path / "a" / "arithmetic.jsonl").stat().st_size == room
-    assert main(capsys, *arguments)[0] == 0
-    assert contents(tmp_path / "a") == contents(whole[1])
-
-
-def test_ctrl_c_is_one_line_and_goes_on(whole, tmp_path, capsys, monkeypatch):
-    arguments = nearly_done(whole, tmp_path / "a")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a training in this process has set its own
-    with monkeypatch.context() as patch:
-        calls, roll_out = itertools.count(), aspo.roll_out
-        patch.setattr(aspo, "roll_out", lambda *a: os.kill(os.getpid(), signal.SIGINT) if next(calls) else roll_out(*a))
-        status = evaluation.main(list(map(str, arguments)))
-    signal.signal(signal.SIGINT, before)
-    printed = "".join(capsys.readouterr())
-    assert status == 130 and printed.strip().count("\n") == 0 and "goes on" in printed
-    assert main(capsys, *arguments)[0] == 0
-    assert contents(tmp_path / "a") == contents(whole[1])
-
-
-def test_weights_replaced_while_it_loads(trained, tmp_path, capsys, monkeypatch):
-    """The label is of the weights that were sampled from, and another label than the new ones get."""
-    labels = []
-    for name, replace in (("first", False), ("replaced", True), ("after", False)):
-        folder = tmp_path / "model"
-        if name != "after":
-            shutil.copytree(trained / "checkpoint", folder, dirs_exist_ok=True)
-        load_model = aspo.load_model
-
-        def load(cfg):
-            loaded = load_model(cfg)
-            if replace:
-                model = AutoModelForCausalLM.from_pretrained(folder)
-                next(model.parameters()).data += 1
-                model.save_pretrained(folder)
-            return loaded
-
-        with monkeypatch.context() as patch:
-            patch.setattr(aspo, "load_model", load)
-            assert main(capsys, folder, "--limit", "2", "--max_new_tokens", 24, "--out", tmp_path / name)[0] == 0
-        labels.append(json.loads((tmp_path / name / "results.json").read_text())["settings"]["weights"])
-    assert labels[0] == labels[1] != labels[2]
-    status, _, error = main(capsys, folder, "--limit", "2", "--max_new_tokens", 24, "--out", tmp_path / "first")
-    assert status == 2 and "weights" in error
-
-
-def test_output_that_fails_or_knows_ascii_alone(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
-    assert evaluation.main([str(trained), "--limit", "2", "--out", str(tmp_path / "a")]) == 0
-    assert len(lines(tmp_path / "a" / "arithmetic.jsonl")) == 2
-    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", ascii_only)
-    assert evaluation.main(["compare", str(trained), str(trained)]) == 0
-    ascii_only.flush()
-    assert b"| aspo | 2 |" in ascii_only.buffer.getvalue()
-
-
-def test_a_run_and_its_checkpoints(trained, tmp_path, capsys):
-    """Its own held-out problems, instruction and limits, whether its folder or a checkpoint in it is named."""
-    newest, older = trained / "checkpoint", trained / "checkpoint-1"
-    found = {}
-    for name, model in (("run", trained), ("newest", newest), ("older", older)):
-        assert main(capsys, model, "--out", tmp_path / name)[0] == 0
-        found[name] = json.loads((tmp_path / name / "results.json").read_text())["settings"]
+def test_a_run_and_its_checkpoints(trained, tmp_path, capsys, monkeypatch):
+    """Its own held-out problems, instruction and limit."""
+    for name in (trained, trained / "checkpoint-1"):
+        status, out, _ = main(capsys, name, "--out", tmp_path / "a")
+        assert status == 0 and "instruction '', max_new_tokens 24, thinking False" in out
+    newest, older = results_of(tmp_path / "a")
+    assert (newest["model"], older["model"]) == (f"{trained}/checkpoint-2", f"{trained}/checkpoint-1")
+    assert newest["tokens"] != older["tokens"] and newest["problems"] == 8 and newest["temperature"] == 0
     heldout = aspo.load_problems(aspo.Config(**aspo.read_config(trained)))[1]
-    rows = lines(tmp_path / "run" / "arithmetic.jsonl")
-    assert [row["problem"] for row in rows] == [problem["problem"] for problem in heldout] and len(rows) == 8
-    assert lines(tmp_path / "newest" / "arithmetic.jsonl") == rows
-    assert found["newest"] | {"model": 0} == found["run"] | {"model": 0}
-    assert found["run"]["max_new_tokens"] == 24 and found["run"]["instruction"] == ""
-    assert found["older"]["weights"] != found["run"]["weights"]
-    assert found["older"] | {"model": 0, "weights": 0} == found["run"] | {"model": 0, "weights": 0}
-
-
-def test_where_results_go(trained, tmp_path, monkeypatch):
+    for rows in samples_of(tmp_path / "a"):
+        assert [row["problem"] for row in rows] == [problem["problem"] for problem in heldout]
+    before = contents(tmp_path / "a")
+    monkeypatch.setattr(aspo, "roll_out", None)  # what is finished is only reported
     monkeypatch.chdir(trained)
-    of = lambda name: evaluation.config_of(name, evaluation.evaluation_arguments([name])).out
-    assert of(str(trained)) == of(".") == str(trained / "eval")
-    assert of("checkpoint-1") == str(trained / "eval-checkpoint-1") and of("tiny") == "runs/eval-tiny"
-    monkeypatch.chdir(trained / "checkpoint-1")
-    assert of(".") == str(trained / "eval-checkpoint-1")
+    assert main(capsys, ".", "--out", tmp_path / "a")[0] == 0 and contents(tmp_path / "a") == before
 
 
-def test_typed_settings_win(trained):
-    def of(*typed):
-        return evaluation.config_of(str(trained), evaluation.evaluation_arguments([str(trained), *typed]))
-
-    assert of().thinking is False and of("--thinking").thinking is True and of("--thinking", "false").thinking is False
-    typed = {"max_new_tokens": 5, "instruction": "Be brief.", "seed": 3, "sample_rows": 7, "engine": "plain",
-             "temperature": 0.5}
-    cfg = of(*(word for name, value in typed.items() for word in (f"--{name}", str(value))))
-    assert {name: getattr(cfg, name) for name in typed} == typed
-    assert of("--k", "2").temperature == 0.8 and of().temperature == 0 and of("--temperature", "0").temperature == 0
-
-
-def test_the_plain_engine_says_the_same(trained, tmp_path, capsys):
-    for engine in ("fast", "plain"):
-        assert main(capsys, trained, "--engine", engine, "--out", tmp_path / engine)[0] == 0
-        assert json.loads((tmp_path / engine / "results.json").read_text())["settings"]["engine"] == engine
-    assert lines(tmp_path / "fast" / "arithmetic.jsonl") == lines(tmp_path / "plain" / "arithmetic.jsonl")
-
-
-def test_a_runs_own_reward(trained, tmp_path, capsys):
-    """Its floats are in the file; what is cut off never counts; the row is handed on as it was read."""
-    (tmp_path / "own.py").write_text("def f(response, row):\n    return row['worth'] + 0.0 * len(response)\n")
-    aspo.append(tmp_path / "set.jsonl", [
-        {"question": f"{n}+1", "answer": str(n + 1), "worth": n / 4} for n in range(4)])
-    shutil.copytree(trained, tmp_path / "run")
-    settings = aspo.read_config(trained) | {"reward": f"{tmp_path / 'own.py'}:f"}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
-    benches = f" {tmp_path / 'set.jsonl'} , arithmetic"
-    status, _, error = main(capsys, tmp_path / "run", "--bench", benches, "--limit", 4, "--max_new_tokens", 40,
-                            "--out", tmp_path / "a")
-    assert status == 2 and "the reward f failed" in error and "worth" in error  # arithmetic has no such column
-    rows = lines(tmp_path / "a" / "set.jsonl")
-    assert [row["correct"] for row in rows] == [0.0 if row["truncated"] else (int(row["gold"]) - 1) / 4 for row in rows]
-    assert sorted(map(str, (row["correct"] for row in rows)))[-1] == "0.75"
-    found = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert found["settings"]["reward"] == settings["reward"]
-    assert found["benchmarks"]["set"]["avg@1"]["value"] == pytest.approx(sum(row["correct"] for row in rows) / 4)
-    assert found["benchmarks"]["set"]["pass@1"]["value"] == 1 / 4
-    status, _, error = main(capsys, tmp_path / "run", "--model", trained, "--out", tmp_path / "b")
-    assert status == 2 and "different rewards" in error and not (tmp_path / "b").exists()
+def test_figures_stand_side_by_side(trained, tmp_path, capsys, monkeypatch):
+    """Of other settings, of two models of one base name, and of other weights in the same folder."""
+    monkeypatch.chdir(tmp_path)
+    run = variant(trained, tmp_path / "run")
+    for more in ("", "--k 4", "--k 4 --temperature 0.5", "--seed 1", "--max_new_tokens 9", "--limit 3", ""):
+        assert main(capsys, run, *more.split())[0] == 0
+    found = results_of(run / "eval")
+    assert [x["k"] for x in found] == [1, 4, 4, 1, 1, 1] and found[1]["top_p"] == 0.95
+    assert [x["temperature"] for x in found[:3]] == [0, 0.8, 0.5] and {"avg@4", "maj@4"} <= set(found[1])
+    small = "--limit", 2, "--max_new_tokens", 9
+    for name, step in (("A", 1), ("B", 2)):
+        shutil.copytree(trained / f"checkpoint-{step}", tmp_path / name / "final")
+        assert main(capsys, f"{name}/final", *small)[0] == 0
+    assert [x.name for x in sorted((tmp_path / "runs").iterdir())] == ["eval-A-final", "eval-B-final"]
+    shutil.copytree(tmp_path / "A", tmp_path / "B", dirs_exist_ok=True)
+    assert main(capsys, "B/final", *small)[0] == 0
+    assert len(samples_of(tmp_path / "runs" / "eval-B-final")) == 2
 
 
-def test_what_is_cut_off_is_never_right(trained, tmp_path, capsys):
-    (tmp_path / "own.py").write_text("def f(response, row):\n    return 1\n")
-    assert main(capsys, trained, "--reward", f"{tmp_path / 'own.py'}:f", "--max_new_tokens", 2, "--k", 2,
-                "--out", tmp_path / "a")[0] == 0
-    found = json.loads((tmp_path / "a" / "results.json").read_text())["benchmarks"]["arithmetic"]
-    assert found["truncated"] == 1 and {found[name]["value"] for name in ("avg@2", "pass@1", "pass@2", "maj@2")} == {0}
+@pytest.mark.parametrize("bench", ["", "--bench sums --limit 3"])
+def test_a_model_beside_a_run_gets_what_the_run_was_given(trained, tmp_path, capsys, bench):
+    """In either order; what is typed wins; two runs that differ are refused."""
+    run = variant(trained, tmp_path / "run", instruction="0+")
+    base = shutil.copytree(trained / "checkpoint-1", tmp_path / "base")
+    flags = *bench.split(), "--out", tmp_path / "out"
+    for names in ((run, base), (base, run)):
+        status, out, _ = main(capsys, names[0], "--model", names[1], *flags)
+        assert status == 0 and out.count("instruction '0+', max_new_tokens 24, thinking False, ") == 2
+        assert f"{names[1]} minus {names[0]} on the same {3 if bench else 8} problems" in out
+    (tmp_path / "out").rename(tmp_path / "done")
+    status, _, error = main(capsys, run, "--model", trained, *flags)
+    assert status == 2 and "type --instruction" in error and not (tmp_path / "out").exists()
+    status, out, _ = main(capsys, run, "--model", trained, "--instruction", "", *flags)
+    assert status == 0 and out.count("instruction ''") == 2 and "+0.000, 95 % interval +0.000 to" in out
 
 
-def test_the_end_of_turn_of_a_chat_template_ends_a_response(trained, tmp_path, capsys):
-    """With "#" as the special token behind an answer, the model's "3+2=5\\n#### 5" ends before the first one."""
-    texts = {}
-    answer = "{% if messages|length > 1 %}{{ messages[1]['content'] }}#{% endif %}"
-    for name, ending in (("usual", ""), ("turns", answer)):
-        shutil.copytree(trained / "checkpoint", tmp_path / name)
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        if ending:
-            tokenizer.add_special_tokens({"additional_special_tokens": ["#"]})
-        tokenizer.chat_template = "{{ messages[0]['content'] }}=" + ending
-        tokenizer.save_pretrained(tmp_path / name)
-        assert main(capsys, tmp_path / name, "--limit", 10, "--instruction", "", "--max_new_tokens", 40,
-                    "--out", tmp_path / f"{name}-out")[0] == 0
-        texts[name] = [row["response"] for row in lines(tmp_path / f"{name}-out" / "arithmetic.jsonl")]
-    assert sum("####" in text for text in texts["usual"]) > 5
-    assert texts["turns"] == [text.split("#")[0] for text in texts["usual"]]
+def test_rewards(trained, tmp_path, capsys):
+    """Floats are in the file, and what is cut off never counts. A script's reward has to be typed."""
+    (tmp_path / "own.py").write_text("def f(response, row):\n    return row['worth']\n")
+    bench, run = tmp_path / "set.jsonl", variant(trained, tmp_path / "run", reward="f of a script")
+    aspo.append(bench, [{"question": f"{n}+1", "answer": f"{n + 1}", "worth": n / 4} for n in range(4)])
+    arguments = [run, "--bench", f" {bench} ", "--max_new_tokens", 40, "--out", tmp_path / "a"]
+    status, _, error = main(capsys, *arguments)
+    assert status == 2 and "f of a script" in error and "--reward" in error and "\n" not in error
+    assert main(capsys, *arguments, "--reward", f"{tmp_path / 'own.py'}:f")[0] == 0
+    [rows] = samples_of(tmp_path / "a")
+    worth = [0.0 if row["truncated"] else (int(row["gold"]) - 1) / 4 for row in rows]
+    assert [row["correct"] for row in rows] == worth and max(worth) == 0.75
+    status, _, error = main(capsys, run, "--model", trained)
+    assert status == 2 and "type --reward" in error
 
 
-def test_report_and_settings(trained, tmp_path, capsys):
-    status, out, _ = main(capsys, trained, "--limit", "6", "--out", tmp_path / "a")
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert status == 0 and results["settings"]["temperature"] == 0 and results["settings"]["top_p"] == 1
-    assert results["settings"]["weights"] and results["benchmarks"]["arithmetic"]["problems"] == 6 and "avg@1" in out
-    status, out, _ = main(capsys, trained, "--limit", "6", "--k", "3", "--out", tmp_path / "b")
-    results = json.loads((tmp_path / "b" / "results.json").read_text())
-    assert (results["settings"]["temperature"], results["settings"]["top_p"]) == (0.8, 0.95)
-    assert {"pass@1", "pass@2", "pass@3", "maj@3", "avg@3"} <= set(results["benchmarks"]["arithmetic"])
+def test_settings_that_a_script_or_another_version_has(trained, tmp_path, capsys):
+    """A loss of one's own is not needed; unknown and missing settings take defaults, said aloud."""
+    @aspo.dataclass
+    class Mine(aspo.Config):
+        gamma: float = 0.5
+
+    run = variant(trained, tmp_path / "run")
+    saved = vars(Mine(loss="mine", max_new_tokens=24))
+    del saved["thinking"]
+    (run / "config.json").write_text(json.dumps(saved))
+    for name in (run, run / "checkpoint-1"):
+        status, out, error = main(capsys, name, "--limit", 2)
+        assert (status, error) == (0, "") and "setting gamma" in out and "setting thinking" in out
 
 
-def test_greedy_evaluation_scores_what_the_model_says(trained, tmp_path, capsys):
-    """Against model.generate on the same chat prompts."""
-    main(capsys, trained, "--limit", "5", "--out", tmp_path / "a")
-    model, tokenizer = (c.from_pretrained(trained / "checkpoint") for c in (AutoModelForCausalLM, AutoTokenizer))
-    rows = lines(tmp_path / "a" / "arithmetic.jsonl")
-    assert len(rows) == 5
+def test_greedy_is_what_the_model_says(trained, tmp_path, capsys):
+    """Against model.generate; special tokens stay in the text, but for the last one."""
+    folder = shutil.copytree(trained / "checkpoint-2", tmp_path / "model")
+    model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["#"]})
+    tokenizer.save_pretrained(folder)
+    flags = "--instruction", "", "--max_new_tokens", 24, "--limit", 10, "--out"
+    assert main(capsys, folder, *flags, tmp_path / "a")[0] == 0
+    [rows] = samples_of(tmp_path / "a")
+    assert len(rows) == 10 and sum("####" in row["response"] for row in rows) > 5
     for row in rows:
         ids = tokenizer(row["problem"] + "=", return_tensors="pt").input_ids
-        new = model.generate(ids, do_sample=False, max_new_tokens=24)[0, ids.shape[1]:]
-        text, ended = tokenizer.decode(new, skip_special_tokens=True), tokenizer.eos_token_id in new
-        assert row["response"] == text and row["truncated"] == (not ended)
-        assert row["correct"] is bool(ended and aspo.math_reward(text, row["gold"]))
+        new = model.generate(ids, do_sample=False, max_new_tokens=24)[0, ids.shape[1]:].tolist()
+        ended = tokenizer.eos_token_id in new
+        assert row["response"] == tokenizer.decode(new[:-1] if ended else new)
+        assert row["truncated"] == (not ended)
+        assert row["correct"] is bool(ended and aspo.math_reward(row["response"], row["gold"]))
+    assert main(capsys, folder, *"--k 2 --temperature 1 --top_p 0.001".split(), *flags, tmp_path / "b")[0] == 0
+    [drawn] = samples_of(tmp_path / "b")
+    assert drawn[::2] == drawn[1::2] == rows
 
 
-def test_the_smallest_top_p_is_greedy(trained, tmp_path, capsys):
-    assert main(capsys, trained, "--k", 2, "--temperature", 1, "--top_p", 0.001, "--out", tmp_path / "a")[0] == 0
-    assert main(capsys, trained, "--out", tmp_path / "b")[0] == 0
-    drawn, greedy = (lines(tmp_path / name / "arithmetic.jsonl") for name in "ab")
-    assert drawn[::2] == drawn[1::2] == greedy
+@pytest.mark.parametrize("arguments, words", [
+    ("RUN --bench ,", "no benchmark"), ("RUN --bench sums,sums", "one name"), ("RUN --limit 0", "--limit"),
+    ("RUN --top_p 0", "--top_p"), ("RUN --k 2 --temperature 0", "--k 1"), ("RUN --seed -1", "--seed"),
+    ("RUN --temperature nan", "--temperature"), ("RUN --nonsense", "--nonsense"),
+    ("RUN --device abacus", "--device"), ("RUN --reward no.py:f", "no.py:f"), (".", "cannot load"),
+    ("", "MODEL_OR_RUN"), ("RUN --limit 2 --out file/x", "cannot write"),
+    ("compare .", "no run folder"), ("weights --out x.nope", "cannot write"),
+    ("torchrun RUN", "without torchrun")])
+def test_bad_input_is_one_line(arguments, words, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    if arguments.startswith("torchrun"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    status, _, error = main(capsys, *arguments.replace("RUN", str(trained)).replace("torchrun", "").split())
+    assert status == 2 and words in error and error.count("\n") == 0 and not Path("runs").exists()
 
 
-def test_paired_comparison(trained, tmp_path, capsys):
-    status, out, _ = main(capsys, trained, "--model", trained, "--bench", "arithmetic", "--k", "2", "--limit", "10",
-                          "--out", tmp_path / "both")
-    assert status == 0 and "on the same 10 problems: +0.000, 95 % interval +0.000 to +0.000" in out
+def test_compare(tmp_path, monkeypatch):
+    """Rows by what differs, each run once, whole lines alone; on a terminal that knows few letters."""
+    monkeypatch.chdir(tmp_path)
+    for name, accuracies, settings in (
+            ("a", (0.5, 0.25), {}), ("b", (0.75, 0.5), {"seed": 1, "sample_rows": 9}),
+            ("c", (1, 1), {"lr": 0.5}), ("d", (1, 1), {"mine": "\u03c9"}),
+            ("e", (1, 1), {"loss": "gspo", **aspo.METHOD_CHANGES["gspo"]})):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps(vars(aspo.Config(out=name)) | settings))
+        aspo.append(Path(name, "metrics.jsonl"), [
+            {"step": n, "heldout_accuracy": x, "reward": x, "ratio_pos": None}
+            for n, x in enumerate(accuracies, 1)])
+    with Path("a", "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert evaluation.main(["compare", str(tmp_path / "b"), *"b a ./a/ c/../a c d e --out curves".split()]) == 0
+    out = stdout.buffer.getvalue().decode("cp1252")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[:2] for row in rows] == [
+        ["| aspo, lr 0.0004, mine None", "2"], ["| aspo, lr 0.5, mine None", "1"],
+        ["| aspo, lr 0.0004, mine '?'", "1"], ["| gspo, lr 0.0004, mine None", "1"]]
+    # of two values the half width is 12.706 * their distance / 2
+    assert rows[0][2:7] == ["0.375 \u00b1 1.588", "0.625 \u00b1 1.588", "0.500 \u00b1 1.588", "", ""]
+    assert "picture in curves.png" in out and Path("curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_bad_input_changes_nothing(trained, tmp_path, capsys):
-    assert main(capsys, trained, "--limit", "4", "--out", tmp_path / "a")[0] == 0
-    before = contents(tmp_path / "a")
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "nogold.jsonl").write_text('{"problem": "2+2"}\n')
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("")
-    out = ("--out", tmp_path / "new")
-    for arguments, words in (
-            ([trained, "--bench", "gsm9k", *out], "no benchmark"), ([trained, "--bench", "", *out], "no benchmark"),
-            ([trained, "--bench", tmp_path / "empty.jsonl", *out], "no problems"),
-            ([trained, "--bench", tmp_path / "nogold.jsonl", *out], "line 1"), ([trained, "--k", "0", *out], "--k"),
-            ([trained, "--k", "x", *out], "--k"), ([trained, "--limit", "0", *out], "--limit"),
-            ([trained, "--top_p", "0", *out], "--top_p"),
-            ([trained, "--k", "2", "--temperature", "0", *out], "--temperature"),
-            ([trained, "--nonsense", *out], "--nonsense"), ([trained, "--device", "abacus", *out], "--device abacus"),
-            ([trained, "--engine", "steam", *out], "--engine"),
-            ([trained, "--thinking", "maybe", *out], "--thinking"),
-            ([trained, "--max_new_tokens", "0", *out], "--max_new_tokens"),
-            ([trained, "--sample_rows", "0", *out], "--sample_rows"), ([trained, "--seed", "-1", *out], "--seed"),
-            ([trained, "--temperature", "nan", *out], "--temperature"),
-            ([trained, "--max_new_tokens", "999", *out], "--max_new_tokens 999"),
-            ([trained, "--bench", "arithmetic,arithmetic", *out], "two of one name"),
-            ([trained, "--reward", "no.py:f", *out], "--reward no.py:f"),
-            ([tmp_path / "folder", *out], "cannot load"), ([], "MODEL_OR_RUN"),
-            ([trained, "--limit", "4", "--k", "2", "--out", tmp_path / "a"], "k 1, not 2"),
-            ([trained, "--limit", "4", "--out", tmp_path / "file" / "x"], "cannot write"),
-            (["compare", tmp_path / "folder"], "no run folder"), (["compare"], "runs"),
-            (["weights", "--out", tmp_path / "x.nope"], "cannot write"),
-            (["weights", "--out", tmp_path / "no" / "x.png"], "cannot write")):
-        status, _, error = main(capsys, *arguments)
-        assert status == 2 and words in error and error.count("\n") == 0, (arguments, error)
-    assert not (tmp_path / "new").exists()
-    assert contents(tmp_path / "a") == before
-
-
-def test_other_problems_in_the_file_are_refused(trained, tmp_path, capsys):
-    for text in ("1+1+1+1", "2+2+2+2"):
-        (tmp_path / "set.jsonl").write_text(json.dumps({"problem": text, "answer": "4"}) + "\n")
-        status, _, error = main(capsys, trained, "--bench", tmp_path / "set.jsonl", "--out", tmp_path / "out")
-    assert status == 2 and "other problems" in error
-    assert json.loads((tmp_path / "out" / "set.jsonl").read_text())["problem"] == "1+1+1+1"
-    # a file of problems in the results folder is not taken for samples
-    (tmp_path / "out" / "new.jsonl").write_text('{"problem": "2+2", "answer": "4"}\n')
-    status, _, error = main(capsys, trained, "--bench", tmp_path / "out" / "new.jsonl", "--out", tmp_path / "out")
-    assert status == 2 and "new.jsonl" in error
-    assert (tmp_path / "out" / "new.jsonl").read_text() == '{"problem": "2+2", "answer": "4"}\n'
-
-
-def test_pictures_and_table(trained, tmp_path, capsys):
-    status, out, _ = main(capsys, "compare", trained, trained, "--out", tmp_path / "curves.png")
-    assert status == 0 and "| aspo | 2 |" in out
-    status, _, _ = main(capsys, "weights", "--out", tmp_path / "weights.png")
-    for name in ("curves.png", "weights.png"):
-        data = (tmp_path / name).read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 20_000
-
-
-def test_weight_curves_show_the_methods():
-    """The golden points of the paper's table: the flip at r < 1, the drop beyond the clip range, the caps."""
-    ratios, curves = evaluation.weight_curves(1.0)
-    at = lambda label, r: curves[label][(ratios - r).abs().argmin()].item()
-    assert at("aspo", 0.5) == pytest.approx(2, abs=0.01) and at("grpo, dr-grpo", 0.5) == pytest.approx(0.5, abs=0.01)
-    assert at("aspo", 0.2) == 3 and at("aspo", 1.3) == at("grpo, dr-grpo", 1.3) == 0
-    assert at("dapo", 1.25) == pytest.approx(1.25, abs=0.01)
-    ratios, curves = evaluation.weight_curves(-1.0)
-    assert set(curves) == {"aspo", "grpo, dapo, dr-grpo", "no-is", "cispo", "gspo"}
-    assert at("gspo", 0.99) == 0 and at("gspo", 1.5) == pytest.approx(1.5, abs=0.01)
-    assert at("cispo", 5) == pytest.approx(1.2) and at("no-is", 5) == 1
-    assert at("aspo", 5) == 3 and at("grpo, dapo, dr-grpo", 5) == 0 and at("aspo", 0.5) == 0
-
-
-def test_half_width_is_students():
-    assert evaluation.half_width([1.0, 3.0]) == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
-    assert evaluation.half_width([1.0]) == 0
+def test_weight_curves_show_the_methods(tmp_path, capsys):
+    """The flip at r < 1, the drop beyond the clip range, the caps."""
+    golden = {1.0: [("aspo", 0.5, 2), ("aspo", 0.2, 3), ("aspo", 1.3, 0), ("grpo", 0.5, 0.5),
+                    ("dapo", 1.25, 1.25)],
+              -1.0: [("aspo", 0.5, 0), ("aspo", 5, 3), ("grpo", 5, 0), ("gspo", 1.5, 1.5), ("gspo", 0.99, 0),
+                     ("cispo", 5, 1.2), ("no-is", 5, 1)]}
+    for advantage, points in golden.items():
+        ratios, curves = evaluation.weight_curves(advantage)
+        assert set(curves) == set(aspo.WEIGHTS)
+        for loss, r, weight in points:
+            assert curves[loss][(ratios - r).abs().argmin()] == pytest.approx(weight, abs=0.01), (advantage, loss, r)
+    status, out, _ = main(capsys, "weights", "--out", path := tmp_path / "w.svg")
+    assert status == 0 and f"picture in {path}" in out and path.stat().st_size > 20_000

@@ -1,81 +1,90 @@
-"""What the README says of the code is what the code says, and its examples run."""
-import math
+"""What the README says of the files is so. The forks themselves run in test_forks.py."""
 import re
+import shlex
 
-import memory
-import torch
+import pytest
 from conftest import ROOT
 
 import aspo
 
 README = (ROOT / "README.md").read_text()
-SHORT = ["--steps", "2", "--sft_steps", "40", "--prompts", "8", "--minibatch", "4", "--eval_problems", "8"]
+FORKS = {path.name: path.read_text() for path in (ROOT / "tests" / "forks").glob("*.py")}
+CODE = (ROOT / "aspo.py").read_text()
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def run_example(code: str, out: str, monkeypatch, tmp_path):
-    """As written, with a shorter run."""
-    assert f'"--out", "{out}"' in code
-    short = ", ".join(f'"{word}"' for word in ["--out", out, *SHORT])
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace(f'"--out", "{out}"', short), "README", "exec"), {"__name__": "__main__"})
-    assert (tmp_path / out / "checkpoint" / "config.json").exists()
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
 
 
-def test_the_memory_table_is_the_formulas():
-    assert memory.presets_table() in README
-
-
-def test_the_aliases_are_all_there():
-    assert ", ".join(f"`{name}`" for name in aspo.PRESETS if name != "tiny") in README
+def test_sizes():  # to within a percent, so that not every edit is one here too
+    said = re.findall(r"`(\w+\.py)` (?:has )?([\d,]+)(?: lines)? \(([\d.]+) KB\)", README)
+    assert [name for name, *_ in said] == ["aspo.py", "reward.py", "eval.py"]
+    for name, lines, kb in said:
+        found = (ROOT / name).read_bytes().count(b"\n"), (ROOT / name).stat().st_size / 1000
+        assert (int(lines.replace(",", "")), float(kb)) == pytest.approx(found, rel=0.01), (name, found)
+    method = CODE[:CODE.index("= PART TWO: ")].count("\n")
+    assert int(re.search(r"the first (\d+) are the method", README)[1]) == pytest.approx(method, rel=0.01), method
 
 
 def test_code_shown_is_the_code():
-    source = re.sub(r' {4}""".*?"""\n', "", (ROOT / "aspo.py").read_text(), flags=re.S)
-    for function in blocks("python")[0].split("\n\n"):
+    methods, brief = blocks("python")
+    source = re.sub(r' {4}""".*?"""\n', "", CODE, flags=re.S)
+    for function in re.sub(r" *# .*\n", "", methods).split("\n\n"):
         assert function.strip() in source
+    assert brief in FORKS["brief.py"]
 
 
-def test_your_own_weight(tmp_path, monkeypatch):
-    monkeypatch.setitem(aspo.WEIGHTS, "sqrt", None)  # removed again after the test
-    run_example(blocks("python")[1], "runs/sqrt", monkeypatch, tmp_path)
-    w = aspo.WEIGHTS["sqrt"](torch.tensor([[1.0, 0.25, 1.3]]), torch.ones(1, 1), (0.2, 0.2), 3.0)
-    torch.testing.assert_close(w, torch.tensor([[1.0, 0.5, 0.0]]))
+def test_aliases_and_their_memory():
+    named = dict(re.findall(r"`(\w[\w.-]+)`(?: (\d+))?[,.]", section("A real model on a GPU")))
+    assert list(named) == list(aspo.PRESETS)[1:]
+    import gpu
+    rows = dict(re.findall(r"^\| `([\w.-]+)` .* (\d+) \| \d+ GB \|$", gpu.table(), re.M))
+    assert rows == {name: gib for name, gib in named.items() if gib}
 
 
-def test_your_own_reward(tmp_path, monkeypatch):
-    code = blocks("python")[2]
-    run_example(code, "runs/brief", monkeypatch, tmp_path)
-    metrics = (tmp_path / "runs/brief/metrics.jsonl").read_text()
-    assert float(re.search(r'"reward": ([-.\de]+)', metrics)[1]) < 0.9  # the length has its price
-    (tmp_path / "brief.py").write_text(code)
-    reward = aspo.open_reward(aspo.Config(reward="brief.py:brief"), None)
-    problem = aspo.make_problem({"problem": "1+1", "answer": 2})
-    assert math.isclose(reward("#### 2", problem), 0.94) and math.isclose(reward("#### 3", problem), -0.06)
+def test_methods():
+    rows = re.findall(r"^\| `(.+?)` \| (.*?) \| (.*?) \| \d{4}\.\d{5} \|$", section("Methods"), re.M)
+    assert {loss for loss, *_ in rows} == set(aspo.WEIGHTS)
+    for loss, good, bad in rows:
+        cfg = aspo.Config(loss=loss)
+        assert "as `grpo`" in good or f"{1 + cfg.eps_high:.5g}" in good, loss
+        assert "as `grpo`" in bad or loss == "cispo" or f"{1 - cfg.eps_low:.5g}" in bad, loss
+        assert cfg.dual_clip == 3 and cfg.divide_by_std == ("std" not in good), loss
 
 
-def test_commands_are_tested_or_marked():
-    """Every command line says which of its parts needs a GPU or a hub, or is one whose like the tests run."""
-    for line in "\n".join(blocks("sh")).splitlines():
-        if not line or line.startswith("pip install") or re.search(r"# .*(GPU|hub|minutes|hour)", line):
-            continue
-        command = line.split("#")[0].split()
-        assert command[0] == "python", line
-        script = next(word for word in command if word.endswith(".py"))
-        assert (ROOT / script).exists(), line
-        flags = {word for word in command if word.startswith("--")}
-        if script == "aspo.py" and "--resume" not in flags:
-            aspo.parse(command[command.index(script) + 1:])
-        assert all(flag in (ROOT / script).read_text() or flag[2:] in aspo.Config.__dataclass_fields__
-                   for flag in flags), line
+def test_commands():
+    first, second, *commands = [line for line in "".join(blocks("sh")).splitlines() if line]
+    assert (first, second) == tuple(f"pip install -r requirements.txt && python {x}" for x in ("aspo.py", "-m pytest"))
+    for line in commands:
+        words = shlex.split(line.split("  #")[0])
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert (ROOT / words[script]).exists(), line
+        if words[script] == "aspo.py" and "--resume" not in words:
+            aspo.parse(words[script + 1:])
+    for path in re.findall(r"assets/\w+\.\w+|tests/[\w/]+\.py", README):
+        assert (ROOT / path).exists(), path
 
 
-def test_every_metric_that_the_readme_names_is_one():
-    names = re.findall(r"`(\w+)`", README[README.index("## Eight numbers"):README.index("## Evaluate")])
-    source = (ROOT / "aspo.py").read_text()
-    for name in set(names) - {"metrics", "jsonl", "rollout_metrics", "update_metrics"}:
-        stem = re.sub("_(pos|neg)", "_{sign}", name)
-        assert f'"{name}"' in source or f'"{stem}"' in source, name
+def test_names():
+    tools = "".join((ROOT / path).read_text() for path in ("eval.py", "tests/gpu.py", "tests/experiment.py"))
+    for flag in set(re.findall(r"--(\w[\w-]*)", README)) - {"help", "nproc-per-node", "shutdown-timeout"}:
+        assert hasattr(aspo.Config(), flag) or f'"--{flag}"' in tools, flag
+    for name in set(re.findall(r"`([a-z]+(?:_[a-z]+)*)`", README)) - {"pi_old", "w", "r", "row"}:
+        assert hasattr(aspo, name) or f'"{name}"' in CODE, name
+    for words in re.findall(r'\*\*"(.*)"', README):
+        assert words in CODE, words
+
+
+def test_fork_map():
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", section("Fork map"), re.M)[1:]
+    assert sorted(re.findall(r"`(\w+\.py)`", "".join(files for *_, files in rows)) + ["brief.py", "in_order.py"]) == sorted(FORKS)
+    for _, places, files in rows:
+        text = "".join(FORKS[name] for name in re.findall(r"\w+\.py", files))
+        for place in re.findall(r"`([A-Z]?\w+(?:\.\w+)?)`", places):
+            assert re.search(rf"^aspo\.{place}\b(\[.*\])?( = |, )", text, re.M), place
+    for name, text in FORKS.items():
+        assert len(re.findall(r'^(?!"""|#|import |from )\s*\S', text, re.M)) <= 12, name
