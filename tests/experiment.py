@@ -83,12 +83,16 @@ def start_of(out: Path, seed: int) -> Path:
     return folder
 
 
+def path_of(out: Path, point: int, loss: str, seed: int, rate: float, rollouts: int | None = None) -> Path:
+    return out / f"{point}-{loss}-lr{rate:g}-s{seed}{f'-first{rollouts}' if rollouts else ''}.json"
+
+
 def run(out: Path, point: int, loss: str, seed: int, rate: float, rollouts: int | None = None) -> dict:
     """Train, sample held-out problems and keep what is needed, unless that is there.
 
     rollouts: so many alone, without evaluation, to choose a rate.
     """
-    path = out / f"{point}-{loss}-lr{rate:g}-s{seed}{f'-first{rollouts}' if rollouts else ''}.json"
+    path = path_of(out, point, loss, seed, rate, rollouts)
     if not path.exists():
         torch.set_num_threads(1)
         folder, (minibatch, epochs) = path.with_suffix(""), POINTS[point]
@@ -144,14 +148,11 @@ def load(out: Path) -> dict:
     """point -> loss -> seed -> result, of seeds that are finished for all losses."""
     found = {}
     for point, rate in sorted(rates_of(out).items()):
-        by_loss = {}
-        for loss in LOSSES:
-            start = f"{point}-{loss if point > 1 else 'grpo'}-lr{rate:g}-s"
-            paths = {path.stem.removeprefix(start): path for path in out.glob(f"{start}*.json")}
-            by_loss[loss] = {int(seed): path for seed, path in paths.items() if seed.isdecimal()}
-        if seeds := sorted(set.intersection(*map(set, by_loss.values()))):
-            found[point] = {loss: {seed: json.loads(by_loss[loss][seed].read_text()) for seed in seeds}
-                            for loss in LOSSES}
+        paths = {(loss, seed): path_of(out, point, loss if point > 1 else "grpo", seed, rate)
+                 for loss in LOSSES for seed in range(100)}
+        seeds = [seed for seed in range(100) if all(paths[loss, seed].exists() for loss in LOSSES)]
+        if seeds:
+            found[point] = {loss: {seed: json.loads(paths[loss, seed].read_text()) for seed in seeds} for loss in LOSSES}
     return found
 
 
@@ -251,11 +252,11 @@ def read(out: Path, points: list[int]) -> None:
                 print(f"{name:<22}{problem} is {gold:>2}: {text!r}")
 
 
-def sweep(out: Path, seeds: int, points: list[int], workers: int) -> None:
-    """Seed by seed, so that whatever is finished is a balanced set."""
+def sweep(out: Path, seeds: int, points: list[int]) -> None:
+    """A run per core, seed by seed, so that whatever is finished is a balanced set."""
     out.mkdir(parents=True, exist_ok=True)
     # Processes of their own: a fork of one that has used torch may hang.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         start_of(out, 100)
         several = sorted({max(4, point) for point in points})
         rates = dict(zip(several, pool.map(rate_of, [out] * len(several), several)))
@@ -274,14 +275,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--points", type=int, nargs="+", default=list(POINTS), choices=POINTS)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on one thread")
     args = parser.parse_args(argv)
+    if args.command == "sweep":
+        sweep(args.out, args.seeds, args.points)
     if args.command == "read":
         read(args.out, args.points)
-        return
-    if args.command == "sweep":
-        sweep(args.out, args.seeds, args.points, args.jobs)
-    report(args.out)
+    else:
+        report(args.out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from conftest import aspo
     ("11\n#### 11", "right by steps"),
     ("3+6+3=9+2=11\n#### 11", "right, decorated"),
     ("5+6=11\n#### 11", "right, decorated"),  # of the right sum, but not from 3+1+5+2
+    ("9\n#### 9", "right, decorated"),  # one was left out
     ("3+6+2=+\n#### 11", "right, decorated"),
     ("3+1+5+2=11\n#### 11", "repeats the question"),
 ])
