@@ -152,7 +152,8 @@ def load(out: Path) -> dict:
                  for loss in LOSSES for seed in range(100)}
         seeds = [seed for seed in range(100) if all(paths[loss, seed].exists() for loss in LOSSES)]
         if seeds:
-            found[point] = {loss: {seed: json.loads(paths[loss, seed].read_text()) for seed in seeds} for loss in LOSSES}
+            found[point] = {loss: {seed: json.loads(paths[loss, seed].read_text()) for seed in seeds}
+                            for loss in LOSSES}
     return found
 
 
@@ -176,7 +177,8 @@ def measures(result: dict) -> dict:
     heldout, right = values(rows, "heldout_accuracy"), kinds[KINDS[0]] + kinds[KINDS[1]]
     found = {"held-out accuracy, end": heldout[-1], "held-out accuracy, best": max(heldout),
              ACCURACY: result["avg"], f"pass@{K}": result["pass"],
-             "of right responses, right by steps": kinds[KINDS[0]] / right if right else None,
+             **{f"responses: {name}": kinds[name] / kinds.total() for name in KINDS},
+             "of the right ones, right by steps": kinds[KINDS[0]] / right if right else None,
              ENTROPY: mean("entropy", -LAST),
              f"entropy when reward passes {EQUAL}": there and mean("entropy", there - LAST, there)}
     keys = ["approx_kl", "response_length", *(f"{key}_{sign}{part}" for key in ("clip_frac", "ratio", "weight")
@@ -197,7 +199,7 @@ def cell(column: list, sign: str = "") -> str:
     return f"{fmean(some):{sign}.3f}{width}{f' ({len(some)})' * (len(some) < len(column))}" if some else ""
 
 
-def row(by_loss: dict, key: str, losses=tuple(LOSSES)) -> list[str]:
+def row(by_loss: dict, key: str, losses) -> list[str]:
     """The losses' means, then the differences of ASPO and no-is to GRPO."""
     return [*(cell(column(by_loss, loss, key)) for loss in losses),
             *(cell(column(by_loss, loss, key, "grpo"), "+") for loss in ("aspo", "no-is"))]
@@ -210,7 +212,7 @@ def markdown(head: list[str], rows: list[list]) -> str:
 def report(out: Path) -> None:
     """A short table of all, a long one of each number of steps, and the picture."""
     found, rates = load(out), rates_of(out)
-    heads = [f"{key}{loss}" for key in ("avg@16: ", "entropy: ") for loss in ("grpo", "aspo - grpo", "no-is - grpo")]
+    heads = [f"{key}: {name}" for key in ("avg@16", "entropy") for name in ("grpo", "aspo - grpo", "no-is - grpo")]
     rows = []
     for point, by_loss in found.items():
         fallen = [[seed for seed, x in by_seed.items() if collapsed(x)] for by_seed in by_loss.values()]
@@ -218,28 +220,28 @@ def report(out: Path) -> None:
                      *row(by_loss, ENTROPY, ["grpo"]), "; ".join(map(str, fallen))])
     print(markdown(["steps (rate; seeds)", *heads, "collapsed seeds"], rows))
     for point, by_loss in found.items():
-        rows = [[key, *row(by_loss, key)] for key in measures(by_loss["grpo"][min(by_loss["grpo"])])]
-        rows += [[f"responses: {name}", *(sum(x["kinds"].get(name, 0) for x in by_seed.values())
-                                          for by_seed in by_loss.values()), "", ""] for name in KINDS]
+        rows = [[key, *row(by_loss, key, LOSSES)] for key in measures(next(iter(by_loss["grpo"].values())))]
         print(f"\n{point} optimiser steps per rollout\n")
         print(markdown(["", *LOSSES, "aspo - grpo", "no-is - grpo"], rows))
     picture(found, out / "sweep.png")
 
 
 def picture(found: dict, path: Path) -> None:
+    """Means with intervals; and what differs by seed, since a seed's start moves all three."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, key in zip(fig.subplots(1, 2), (ACCURACY, ENTROPY)):
-        for shift, (loss, colour) in zip((0.94, 1, 1.06), LOSSES.items()):  # so that bars stand side by side
-            columns = [column(by_loss, loss, key) for by_loss in found.values()]
+    fig = Figure(figsize=(10, 3.4), layout="constrained")
+    for axis, (key, minus) in zip(fig.subplots(1, 3), ((ACCURACY, None), (ENTROPY, None), (ENTROPY, "grpo"))):
+        for shift, (loss, colour) in zip((0.93, 1, 1.07), LOSSES.items()):  # so that bars stand side by side
+            columns = [column(by_loss, loss, key, minus) for by_loss in found.values()]
             axis.errorbar([n * shift for n in found], list(map(fmean, columns)), list(map(half_width, columns)),
                           color=colour, label=loss, capsize=3, marker=".")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(found), map(str, found))
-        axis.set(title=key, xlabel="optimiser steps per rollout")
+        axis.set_title(f"{key.split(',')[0]}{' minus that of GRPO' if minus else ''}", fontsize=10)
         axis.grid(alpha=0.25)
     axis.legend()
+    fig.supxlabel("optimiser steps per rollout", fontsize=10)
     fig.savefig(path, dpi=110)
 
 
