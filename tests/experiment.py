@@ -1,264 +1,290 @@
-"""GRPO, ASPO and no-is over seeds, and a table of what came out. Finished runs are reused, stopped ones go on.
+"""When does the asymmetry matter? GRPO, ASPO and no-is at 1 to 64 optimiser steps per rollout, on the tiny task.
 
-    python tests/experiment.py --seeds 8                              # the built-in task: 24 runs, then a table
-    python tests/experiment.py --seeds 2 --first_seed 100 --lr 2e-4 4e-4 8e-4    # learning rates, on two other seeds
-    python tests/experiment.py --model DIR --data sums --seeds 5 --lr 1e-5 3e-5  # a real model, half an hour a run
-    python tests/experiment.py --out DIR --table                      # of the runs that are finished; starts nothing
-    python tests/experiment.py --out DIR --read 50                    # responses at the start, a third, the end
+    python tests/experiment.py sweep                 # rates, runs, tables, picture; what is finished is kept
+    python tests/experiment.py table                 # of what is finished
+    python tests/experiment.py read --points 8 64    # responses at the end of training: read them, then believe
 
-Runs are OUT/<loss>-lr<lr>-s<seed>, each on one thread; flags of aspo.py go to new ones, such as --epochs 4 (with
-another --out). Every finished run in OUT is in the table. Read responses before you believe a number: a reward can be
-earned by something else than what you wanted to teach. Runs of one seed begin alike and see the same problems, so
-methods are also compared pairwise, by seed.
-
-What 250 responses of each method and stage looked like on sums (SmolLM2-135M-Instruct, five seeds): at the start 6 % are
-right, about half give no answer, the others say "The answer is 51." or work the sum out first; from a third on nearly all
-are "The answer is 25." or "15 + 3 = 18, the answer is 18", right or wrong. One of 2,250 repeats the question, at the start.
-Tiny task: the last number is learned, the steps before it become decoration (README).
+Written down before the runs:
+- A run is 24 rollouts of 32 prompts x 8 responses (python aspo.py has 55 of 64: hours more than there were). 4 to 64
+  steps are mini-batches of 16 to 1 prompts at 2 epochs, so that an update costs the same; 1 is all prompts at 1 epoch.
+- Runs of a seed start from one warmed-up model, see the same problems and draw with the same random numbers.
+- Rates are powers of two times 1e-4. A number of steps has, for all losses, the largest at which GRPO's approx_kl, of
+  pi_old and pi, has a mean under .02 over 12 rollouts of seed 100, which is not used after. (The first limit was .05;
+  but from .03 on GRPO did not learn on that seed.) With one step the KL is 0: that point has the rate of 4.
+- With one step r is 1 and the losses are one: it is run with GRPO and shown for all.
+- Collapsed: held-out accuracy ends below its start, or more than .2 below its best.
+- Means are over seeds, with half of their 95 % interval by Student's t; so are the differences to GRPO, by seed.
 """
 import argparse
+import contextlib
+import dataclasses
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import fmean
+from unittest import mock
 
 import torch
-from conftest import ROOT, aspo
+from conftest import aspo
 
-from eval import half_width, last
+from eval import half_width
 
-LOSSES, K = ("grpo", "aspo", "no-is"), 16
-REAL = ("--prompts 8 --group_size 8 --minibatch 2 --epochs 2 --max_new_tokens 24 --temperature 0.8 --steps 40 "
-        "--eval_every 10 --eval_problems 60 --eval_samples 2 --save_every 20").split()
-METRICS = {"reward": "reward", "entropy": "entropy (nats)", "response_length": "length (tokens)",
-           "repetition": "repetition",
-           "weight_pos_high": "weight, A > 0, likely", "weight_pos_low": "weight, A > 0, unlikely",
-           "weight_neg_high": "weight, A < 0, likely", "weight_neg_low": "weight, A < 0, unlikely",
-           "ratio_pos": "ratio, A > 0", "ratio_neg": "ratio, A < 0", "approx_kl": "KL of a rollout's update"}
-CURVES = {"reward": "reward", "heldout_accuracy": "held-out accuracy", "entropy": "entropy (nats)"}
-COLOURS = {"aspo": "#d1495b", "grpo": "#00798c", "no-is": "#8d8d8d"}
+POINTS = {1: (32, 1), 4: (16, 2), 8: (8, 2), 16: (4, 2), 32: (2, 2), 64: (1, 2)}  # steps: mini-batch, epochs
+SETTINGS = aspo.PRESETS["tiny"][1] | dict(steps=24, prompts=32, eval_every=8, save_every=0, micro_tokens=1024,
+                                          sample_rows=512)
+LOSSES = {"grpo": "#00798c", "aspo": "#d1495b", "no-is": "#8d8d8d"}  # and colours
+K, LAST, EQUAL = 16, 5, 0.4  # "at equal reward": when the mean of LAST rollouts first reaches EQUAL
+ACCURACY, ENTROPY = f"avg@{K}", f"entropy (nats), last {LAST} rollouts"
+KINDS = ("right by steps", "right, decorated", "wrong", "cut off", "repeats the question")
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def update_metrics(stats, *args, usual=aspo.update_metrics):
+    """aspo.py's, and the mean ratio by sign and by pi_old, for which it has the weight alone."""
+    advantage, log_ratio, old_prob = (torch.cat([torch.zeros(0), *(s[name] for s in stats)])
+                                      for name in ("advantage", "log_ratio", "old_prob"))
+
+    def mean(good, unlikely):
+        return aspo.mean(aspo.ratio(log_ratio[((advantage > 0) == good) & ((old_prob < 0.5) == unlikely)]))
+
+    return usual(stats, *args) | {"ratio_pos_low": mean(True, True), "ratio_pos_high": mean(True, False),
+                                  "ratio_neg_low": mean(False, True), "ratio_neg_high": mean(False, False)}
 
 
-def finished(out: Path) -> bool:
-    """A step is logged before it is saved, so that it is the checkpoint that knows."""
-    if not (out / "config.json").exists() or not (out / "checkpoint" / "trainer.pt").exists():
-        return False
-    state = torch.load(out / "checkpoint" / "trainer.pt", "cpu", weights_only=True, mmap=True)
-    return state["step"] >= json.loads((out / "config.json").read_text())["steps"]
+def kind(s) -> str:
+    """What a sample does. A step is right if it adds up neighbours of the one before: 3+1+5+2, 4+5+2, 4+7, 11."""
+    if s.truncated:
+        return "cut off"
+    if s.text.startswith(s.problem):
+        return "repeats the question"
+    if not s.correct:
+        return "wrong"
+    steps = [s.problem, *re.split(r"=|\n#### ?", s.text)]
+    if not all(re.fullmatch(r"\d+(\+\d+)*", step) for step in steps):
+        return "right, decorated"
+    sums = [list(itertools.accumulate(map(int, step.split("+")))) for step in steps]
+    right = all(set(after) <= set(before) and after[-1] == before[-1] for before, after in itertools.pairwise(sums))
+    return "right by steps" if right else "right, decorated"
 
 
-def evaluated(out: Path) -> list[dict]:
-    """Its samples of the held-out problems, each problem's K side by side; empty until all are there."""
-    rows = read_lines(out / "eval" / "heldout.jsonl")
-    config = json.loads((out / "config.json").read_text())
-    problems = len(read_lines(out.parent / "heldout.jsonl")) or config["eval_problems"]
-    return rows if len(rows) == K * problems else []
+def start_of(out: Path, seed: int) -> Path:
+    """A seed's warmed-up model, made once."""
+    folder, new = out / f"start-s{seed}", out / f"unfinished-s{seed}"
+    if not folder.exists():
+        cfg = aspo.Config(**SETTINGS, model="tiny", seed=seed)
+        for part in aspo.initial_model(cfg, aspo.load_problems(cfg)[0]):
+            part.save_pretrained(new)
+        new.rename(folder)
+    return folder
 
 
-def write_heldout(out: Path, flags: list) -> Path:
-    """A run's held-out problems, for eval.py: of a built-in set it would take more than were held out."""
-    path, cfg = out / "heldout.jsonl", aspo.parse(list(map(str, flags)))
-    if path.exists():  # samples have been drawn for it
-        return path
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [{"problem": p["problem"], "answer": p["answer"]} for p in aspo.load_problems(cfg)[1]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def path_of(out: Path, point: int, loss: str, seed: int, rate: float, rollouts: int | None = None) -> Path:
+    return out / f"{point}-{loss}-lr{rate:g}-s{seed}{f'-first{rollouts}' if rollouts else ''}.json"
 
 
-def call(script: str, *flags) -> str:
-    """Run a program on one thread; what it says if it fails, else nothing."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
-    return done.returncode and (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+def run(out: Path, point: int, loss: str, seed: int, rate: float, rollouts: int | None = None) -> dict:
+    """Train, sample held-out problems and keep what is needed, unless that is there.
+
+    rollouts: so many alone, without evaluation, to choose a rate.
+    """
+    path = path_of(out, point, loss, seed, rate, rollouts)
+    if not path.exists():
+        torch.set_num_threads(1)
+        folder, (minibatch, epochs) = path.with_suffix(""), POINTS[point]
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        cfg = aspo.Config(**SETTINGS | dict(model=str(start_of(out, seed)), loss=loss, seed=seed, lr=rate,
+                                            epochs=epochs, minibatch=minibatch, out=str(folder)))
+        if rollouts:
+            cfg = dataclasses.replace(cfg, steps=rollouts, eval_every=0, eval_problems=1)
+        with (open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing),
+              mock.patch.object(aspo, "update_metrics", update_metrics)):
+            aspo.train(cfg)
+        result = {"rows": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+        if not rollouts:
+            result |= evaluate(aspo.checkpoints(folder)[-1], cfg)
+        aspo.write_whole(path, json.dumps(result))
+        shutil.rmtree(folder)
+    return json.loads(path.read_text())
 
 
-def run(out: Path, flags: list) -> str:
-    """Train, or go on, or do nothing if it is finished; then sample K responses to every held-out problem."""
-    if not finished(out):
-        again = (out / "config.json").exists()
-        if error := call("aspo.py", *(["--resume", out] if again else [*flags, "--out", out])):
-            return error
-    if not evaluated(out):
-        temperature = json.loads((out / "config.json").read_text())["temperature"]
-        if error := call("eval.py", out, "--bench", out.parent / "heldout.jsonl", "--k", K,
-                         "--temperature", temperature, "--top_p", 1):
-            return error
-    for older in out.glob("checkpoint-*"):  # gigabytes, of a run that will not be resumed
-        shutil.rmtree(older)
-    return ""
+def evaluate(checkpoint: Path, cfg) -> dict:
+    """Of K responses, sampled as in training, to each held-out problem."""
+    heldout = aspo.load_problems(cfg)[1]
+    policy = aspo.Policy(*aspo.load_model(str(checkpoint)), cfg, heldout, learning=False)
+    aspo.seed_step(cfg, "evaluate")
+    samples = aspo.roll_out(policy, heldout, K, cfg)
+    right = [fmean(s.correct for s in group) for group in aspo.chunks(samples, K)]
+    before = torch.load(checkpoint / "trainer.pt", "cpu", weights_only=True)["before"]
+    return {"before": before, "avg": fmean(right), "pass": fmean(x > 0 for x in right),
+            "kinds": Counter(map(kind, samples)),
+            "responses": [[s.problem, s.gold, s.text, kind(s)] for s in samples[:64 * K:K]]}
 
 
-def smooth(rows: list[dict], key: str, width: int = 5) -> list[float]:
-    return [statistics.mean(row[key] for row in rows[max(0, i - width + 1):i + 1]) for i in range(len(rows))]
+def rate_of(out: Path, point: int) -> float:
+    """By the rule of the docstring; the search starts at a guess."""
+    def moves_too_far(rate):
+        moved = [row["approx_kl"] for row in run(out, point, "grpo", 100, rate, 12)["rows"]]
+        return None in moved or fmean(moved) >= 0.02  # None: every group of a rollout had equal rewards
+
+    rate = 3.2e-3 / point
+    while moves_too_far(rate):
+        rate /= 2
+    while not moves_too_far(2 * rate):
+        rate *= 2
+    return rate
 
 
-def common_reward(runs: list[list[dict]]) -> float:
-    """The highest reward, in twentieths, that the mean over five steps reaches in every run."""
-    return int(min(max(smooth(rows, "reward")) for rows in runs) * 20 + 1e-9) / 20
+def rates_of(out: Path) -> dict[int, float]:
+    path = out / "rates.json"
+    return {int(point): rate for point, rate in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
-def summary(rows: list[dict], samples: list[dict], equal_reward: float) -> dict[str, float | None]:
-    """Of one run: its metrics.jsonl and its samples of held-out problems."""
-    heldout = [row["heldout_accuracy"] for row in rows if row.get("heldout_accuracy") is not None]
-    rewards, entropies = smooth(rows, "reward"), smooth(rows, "entropy")
-    half, n = len(rows) // 2, max(1, min(10, len(rows) // 4))
-    found = {"held-out accuracy, last": heldout[-1], "held-out accuracy, best": max(heldout),
-             f"entropy at step {half}": entropies[half - 1],
-             f"entropy when reward passes {equal_reward:.2f}":
-                 next((h for r, h in zip(rewards, entropies) if r >= equal_reward), None)}
-    found |= {f"{name}, last {n} steps": last(rows, key, n) for key, name in METRICS.items()}
-    groups = aspo.chunks(samples, K)
-    right = [[s["response"] for s in group if s["correct"]] for group in groups]
-    measures = {f"avg@{K}": [len(r) / K for r in right], f"pass@{K}": [float(bool(r)) for r in right],
-                f"different right responses of {K}": [len(set(r)) for r in right]}
-    return found | {name: statistics.mean(values) if values else None for name, values in measures.items()}
-
-
-def show(values: list[float]) -> str:
-    """Mean and half of its 95 % interval, of however many values there are."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f}" + f" ± {half_width(values):.3f}" * (len(values) > 1)
-
-
-def table(columns: dict[str, dict[int, dict]], pair: tuple[str, str] = ("grpo", "aspo")) -> str:
-    """Of loss -> seed -> summary: means over seeds, and the difference of a pair of losses by seed."""
-    names = [loss for loss in LOSSES if loss in columns] + sorted(set(columns) - set(LOSSES))
-    seeds = sorted(set(columns.get(pair[0], ())) & set(columns.get(pair[1], ())))
-    title = [f"{pair[1]} minus {pair[0]}, by seed ({len(seeds)})"] * bool(seeds)
-    lines = [f"| | {' | '.join([*(f'{name} ({len(columns[name])})' for name in names), *title])} |",
-             "|---" * (len(names) + 1 + len(title)) + "|"]
-    for key in next(iter(columns[names[0]].values())):
-        cells = [show([found[key] for found in columns[name].values()]) for name in names]
-        if seeds:
-            a, b = ([columns[loss][seed][key] for seed in seeds] for loss in pair)
-            cells.append(show([y - x for x, y in zip(a, b) if None not in (x, y)]))
-        lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def found_runs(out: Path) -> dict[str, dict[str, dict[int, Path]]]:
-    """rate -> loss -> seed -> folder of every finished run."""
+def load(out: Path) -> dict:
+    """point -> loss -> seed -> result, of seeds that are finished for all losses."""
     found = {}
-    for folder in sorted(out.glob("*-lr*-s*")):
-        name = re.fullmatch(r"(.+)-lr(.+)-s(\d+)", folder.name)
-        if name and finished(folder):
-            loss, lr, seed = name.groups()
-            found.setdefault(lr, {}).setdefault(loss, {})[int(seed)] = folder
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+    for point, rate in sorted(rates_of(out).items()):
+        paths = {(loss, seed): path_of(out, point, loss if point > 1 else "grpo", seed, rate)
+                 for loss in LOSSES for seed in range(100)}
+        seeds = [seed for seed in range(100) if all(paths[loss, seed].exists() for loss in LOSSES)]
+        if seeds:
+            found[point] = {loss: {seed: json.loads(paths[loss, seed].read_text()) for seed in seeds}
+                            for loss in LOSSES}
+    return found
+
+
+def values(rows: list[dict], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def collapsed(result: dict) -> bool:
+    heldout = values(result["rows"], "heldout_accuracy")
+    return heldout[-1] < result["before"] or max(heldout) - heldout[-1] > 0.2
+
+
+def measures(result: dict) -> dict:
+    """Of one run, in the order of the long table. None: it has no such number."""
+    def mean(key, first=0, end=None):
+        some = values(result["rows"][first:end], key)
+        return fmean(some) if some else None
+
+    rows, kinds = result["rows"], Counter(result["kinds"])
+    there = next((i for i in range(LAST, len(rows) + 1) if mean("reward", i - LAST, i) >= EQUAL), None)
+    heldout, right = values(rows, "heldout_accuracy"), kinds[KINDS[0]] + kinds[KINDS[1]]
+    found = {"held-out accuracy, end": heldout[-1], "held-out accuracy, best": max(heldout),
+             ACCURACY: result["avg"], f"pass@{K}": result["pass"],
+             **{f"responses: {name}": kinds[name] / kinds.total() for name in KINDS},
+             "of the right ones, right by steps": kinds[KINDS[0]] / right if right else None,
+             ENTROPY: mean("entropy", -LAST),
+             f"entropy when reward passes {EQUAL}": there and mean("entropy", there - LAST, there)}
+    keys = ["approx_kl", "response_length", *(f"{key}_{sign}{part}" for key in ("clip_frac", "ratio", "weight")
+            for sign in ("pos", "neg") for part in ("", "_low", "_high") if key != "clip_frac" or not part)]
+    return found | {key: mean(key) for key in keys}
+
+
+def column(by_loss: dict, loss: str, key: str, minus: str | None = None) -> list:
+    """A measure of each seed, or its difference to another loss."""
+    x, y = ([measures(result)[key] for result in by_loss[name].values()] for name in (loss, minus or loss))
+    return [None if None in (a, b) else a - b if minus else a for a, b in zip(x, y)]
+
+
+def cell(column: list, sign: str = "") -> str:
+    """Mean over seeds ± half of its interval; in brackets how many seeds have a value, if not all."""
+    some = [x for x in column if x is not None]
+    width = f" ± {half_width(some):.3f}" if len(some) > 1 else ""
+    return f"{fmean(some):{sign}.3f}{width}{f' ({len(some)})' * (len(some) < len(column))}" if some else ""
+
+
+def row(by_loss: dict, key: str, losses) -> list[str]:
+    """The losses' means, then the differences of ASPO and no-is to GRPO."""
+    return [*(cell(column(by_loss, loss, key)) for loss in losses),
+            *(cell(column(by_loss, loss, key, "grpo"), "+") for loss in ("aspo", "no-is"))]
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def report(out: Path) -> None:
-    """A table for each learning rate, and the picture of all."""
-    found = found_runs(out)
-    if not found:
-        print(f"no finished run in {out}")
-        return
-    metrics = {folder: read_lines(folder / "metrics.jsonl")
-               for by_loss in found.values() for by_seed in by_loss.values() for folder in by_seed.values()}
-    for lr, by_loss in found.items():
-        equal_reward = common_reward([metrics[folder] for by_seed in by_loss.values() for folder in by_seed.values()])
-        columns = {loss: {seed: summary(metrics[folder], evaluated(folder), equal_reward)
-                          for seed, folder in by_seed.items()} for loss, by_seed in by_loss.items()}
-        print(f"\nlearning rate {lr}: mean over seeds ± half of its 95 % interval; in brackets, the number of runs\n")
-        print(table(columns), flush=True)
-    picture({lr: {loss: [metrics[folder] for folder in by_seed.values()] for loss, by_seed in by_loss.items()}
-             for lr, by_loss in found.items()}, out / "curves.png")
+    """A short table of all, a long one of each number of steps, and the picture."""
+    found, rates = load(out), rates_of(out)
+    heads = [f"{key}: {name}" for key in ("avg@16", "entropy") for name in ("grpo", "aspo - grpo", "no-is - grpo")]
+    rows = []
+    for point, by_loss in found.items():
+        fallen = [[seed for seed, x in by_seed.items() if collapsed(x)] for by_seed in by_loss.values()]
+        rows.append([f"{point} ({rates[point]:g}; {len(by_loss['grpo'])})", *row(by_loss, ACCURACY, ["grpo"]),
+                     *row(by_loss, ENTROPY, ["grpo"]), "; ".join(map(str, fallen))])
+    print(markdown(["steps (rate; seeds)", *heads, "collapsed seeds"], rows))
+    for point, by_loss in found.items():
+        rows = [[key, *row(by_loss, key, LOSSES)] for key in measures(next(iter(by_loss["grpo"].values())))]
+        print(f"\n{point} optimiser steps per rollout\n")
+        print(markdown(["", *LOSSES, "aspo - grpo", "no-is - grpo"], rows))
+    picture(found, out / "sweep.png")
 
 
-def picture(runs: dict[str, dict[str, list[list[dict]]]], path: Path) -> None:
-    """Reward, held-out accuracy and entropy: a line of panels for each learning rate."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def picture(found: dict, path: Path) -> None:
+    """Means with intervals; and what differs by seed, since a seed's start moves all three."""
+    from matplotlib.figure import Figure
 
-    fig, axes = pyplot.subplots(
-        len(runs), len(CURVES), figsize=(11, 3.4 * len(runs)), layout="constrained", squeeze=False)
-    for line, (lr, by_loss) in zip(axes, runs.items()):
-        for axis, (key, title) in zip(line, CURVES.items()):
-            for loss, seeds in by_loss.items():
-                points = {}
-                for row in (row for rows in seeds for row in rows if row.get(key) is not None):
-                    points.setdefault(row["step"], []).append(row[key])
-                steps = sorted(points)
-                means, widths = ([of(points[step]) for step in steps] for of in (statistics.mean, half_width))
-                axis.plot(steps, means, color=COLOURS.get(loss), label=f"{loss} ({len(seeds)})", linewidth=1.4)
-                axis.fill_between(steps, [m - w for m, w in zip(means, widths)], [m + w for m, w in zip(means, widths)],
-                                  color=COLOURS.get(loss), alpha=0.18, linewidth=0)
-            axis.set(title=f"{title}, lr {lr}", xlabel="step")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        line[0].legend(title="loss (runs)", frameon=False)
-    fig.suptitle("mean over seeds, band: 95 % interval of that mean", x=0.01, ha="left", fontsize=9, color="#666666")
-    fig.savefig(path, dpi=130)
-    pyplot.close(fig)
-    print(f"\npicture in {path}")
+    fig = Figure(figsize=(10, 3.4), layout="constrained")
+    for axis, (key, minus) in zip(fig.subplots(1, 3), ((ACCURACY, None), (ENTROPY, None), (ENTROPY, "grpo"))):
+        for shift, (loss, colour) in zip((0.93, 1, 1.07), LOSSES.items()):  # so that bars stand side by side
+            columns = [column(by_loss, loss, key, minus) for by_loss in found.values()]
+            axis.errorbar([n * shift for n in found], list(map(fmean, columns)), list(map(half_width, columns)),
+                          color=colour, label=loss, capsize=3, marker=".")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(found), map(str, found))
+        axis.set_title(f"{key.split(',')[0]}{' minus that of GRPO' if minus else ''}", fontsize=10)
+        axis.grid(alpha=0.25)
+    axis.legend()
+    fig.supxlabel("optimiser steps per rollout", fontsize=10)
+    fig.savefig(path, dpi=110)
 
 
-def read(out: Path, n: int) -> None:
-    """Print n responses of a run at the start, from a third on, and at the end."""
-    rows = read_lines(out / "samples.jsonl")
-    steps = sorted({row["step"] for row in rows})
-    if not rows:
-        return
-    third = next(i for i, row in enumerate(rows) if row["step"] >= steps[len(steps) // 3])
-    for where, part in (("start", rows[:n]), ("a third", rows[third:third + n]), ("end", rows[-n:])):
-        print(f"\n{out.name}, {where}: step {part[0]['step']} to {part[-1]['step']}, mean reward "
-              f"{statistics.mean(row['reward'] for row in part):.2f}")
-        for row in part:
-            print(f"{row['reward']:5.2f}  {row['problem']!r} = {row['gold']!r}: {row['response']!r}")
+def read(out: Path, points: list[int]) -> None:
+    found = load(out)
+    for point, loss in itertools.product(sorted(found.keys() & points), LOSSES):
+        for seed, result in found[point][loss].items():
+            print(f"\n{point} steps, {loss}, seed {seed}")
+            for problem, gold, text, name in result["responses"]:
+                print(f"{name:<22}{problem} is {gold:>2}: {text!r}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def sweep(out: Path, seeds: int, points: list[int]) -> None:
+    """A run per core, seed by seed, so that whatever is finished is a balanced set."""
+    out.mkdir(parents=True, exist_ok=True)
+    # Processes of their own: a fork of one that has used torch may hang.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        start_of(out, 100)
+        several = sorted({max(4, point) for point in points})
+        rates = dict(zip(several, pool.map(rate_of, [out] * len(several), several)))
+        rates = rates_of(out) | {point: rates[max(4, point)] for point in points}
+        aspo.write_whole(out / "rates.json", json.dumps(rates))
+        list(pool.map(start_of, [out] * seeds, range(seeds)))
+        jobs = [(out, point, loss, seed, rates[point]) for seed in range(seeds) for point in points
+                for loss in LOSSES if point > 1 or loss == "grpo"]
+        for job, _ in zip(jobs, pool.map(run, *zip(*jobs))):
+            print(*job[1:], flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--data", help="[arithmetic; sums of a real model]")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES))
-    parser.add_argument("--lr", nargs="+", help="[4e-4; 1e-5 of a real model]")
-    parser.add_argument("--out", help="[runs/experiment-<model>-<data>]")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on one thread")
-    parser.add_argument("--table", action="store_true", help="report what is finished, start nothing")
-    parser.add_argument("--read", type=int, metavar="N", help="print N responses of every run in OUT at three stages")
-    args, more = parser.parse_known_args(argv)
-    tiny = args.model == "tiny"
-    data, rates = args.data or ("arithmetic" if tiny else "sums"), args.lr or ["4e-4" if tiny else "1e-5"]
-    out = Path(args.out or f"runs/experiment-{Path(args.model).name}-{data}")
-    if args.read:
-        for folder in sorted(out.glob("*-lr*-s*")):
-            read(folder, args.read)
-        return 0
-    failed = []
-    if not args.table:
-        flags = ["--model", args.model, "--data", data, *([] if tiny else REAL), *more]
-        write_heldout(out, flags)
-        jobs = [(out / f"{loss}-lr{lr}-s{seed}", [*flags, "--loss", loss, "--lr", lr, "--seed", seed])
-                for seed in range(args.first_seed, args.first_seed + args.seeds)
-                for lr in rates for loss in args.losses]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for (folder, _), error in zip(jobs, pool.map(lambda job: run(*job), jobs)):
-                print(f"{folder}: {error or 'finished'}", file=sys.stderr, flush=True)
-                failed += [folder] * bool(error)
-    report(out)
-    return 1 if failed else 0
+    parser.add_argument("command", choices=("sweep", "table", "read"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--points", type=int, nargs="+", default=list(POINTS), choices=POINTS)
+    args = parser.parse_args(argv)
+    if args.command == "sweep":
+        sweep(args.out, args.seeds, args.points)
+    if args.command == "read":
+        read(args.out, args.points)
+    else:
+        report(args.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

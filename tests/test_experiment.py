@@ -1,136 +1,117 @@
-"""The table of experiment.py on made-up runs, whose numbers are known; and that it starts only what is missing."""
+"""The tables of experiment.py on made-up runs, whose numbers are known; its rule; and runs of two rollouts."""
+import dataclasses
 import json
-import subprocess
 
 import experiment
 import pytest
 import torch
-
-STEPS, K = 20, 16
-
-
-def row(step: int, entropy: float, reward: float, **more) -> dict:
-    weights = {f"weight_{sign}_{kind}": 1.0 for sign in ("pos", "neg") for kind in ("low", "high")}
-    return {"step": step, "reward": reward, "entropy": entropy, "response_length": 8.0, "repetition": 0.0,
-            "ratio_pos": 1.0, "ratio_neg": None, "approx_kl": 0.01} | weights | more
+from conftest import aspo
 
 
-def make_run(out, loss: str, seed: int, *, lr="1e-5", entropy=0.5, heldout=(0.2, 0.9, 0.8), done=STEPS, samples=True):
-    """Reward climbs by .05 a step from .05 to 1, entropy is `entropy` at first and half of it from step 11 on."""
-    folder = out / f"{loss}-lr{lr}-s{seed}"
-    (folder / "checkpoint").mkdir(parents=True)
-    config = {"steps": STEPS, "eval_problems": 2, "loss": loss, "temperature": 0.8}
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = [row(step, entropy if step <= 10 else entropy / 2, step / 20) for step in range(1, STEPS + 1)]
-    for step, value in zip((5, 10, 20), heldout):
-        rows[step - 1]["heldout_accuracy"] = value
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    torch.save({"step": done}, folder / "checkpoint" / "trainer.pt")
-    # The first problem: four right in two wordings. The second: none right.
-    found = [{"problem": "a", "response": f"is {i % 2}", "correct": i < 4} for i in range(K)]
-    found += [{"problem": "b", "response": "no", "correct": False} for _ in range(K)]
-    if samples:
-        (folder / "eval").mkdir()
-        (folder / "eval" / "heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
-    return folder
+@pytest.mark.parametrize("text, expected", [
+    ("3+6+2=9+2=11\n#### 11", "right by steps"),
+    ("4+7=11\n#### 11", "right by steps"),  # two additions at once
+    ("11\n#### 11", "right by steps"),
+    ("3+6+3=9+2=11\n#### 11", "right, decorated"),
+    ("5+6=11\n#### 11", "right, decorated"),  # of the right sum, but not from 3+1+5+2
+    ("9\n#### 9", "right, decorated"),  # one was left out
+    ("3+6+2=+\n#### 11", "right, decorated"),
+    ("3+1+5+2=11\n#### 11", "repeats the question"),
+])
+def test_kinds(text, expected):
+    sample = aspo.Sample("3+1+5+2", "11", [], [], text, correct=1.0)
+    assert experiment.kind(sample) == expected
+    assert experiment.kind(dataclasses.replace(sample, truncated=True)) == "cut off"
+    if "right" in expected:
+        assert experiment.kind(dataclasses.replace(sample, correct=0.0)) == "wrong"
+
+
+def write(out, loss, seed, point=8, rate=4e-4, avg=0.5, entropy=0.4, heldout=(0.6, 0.7)):
+    """Reward climbs by .1 from .11, entropy is halved from rollout 6 on."""
+    rows = [{"reward": i / 10 + 0.01, "entropy": entropy / (1 + (i > 5)), "ratio_pos": 1.1} for i in range(1, 11)]
+    for i, value in zip((4, 9), heldout):
+        rows[i]["heldout_accuracy"] = value
+    result = {"before": 0.3, "avg": avg, "pass": 0.9, "kinds": {"right by steps": 1, "right, decorated": 3, "wrong": 2},
+              "rows": rows, "responses": [["1+1", "2", f"2 of {loss}", "right, decorated"]]}
+    (out / f"{point}-{loss}-lr{rate:g}-s{seed}.json").write_text(json.dumps(result))
 
 
 @pytest.fixture
 def out(tmp_path):
-    for seed, (grpo, aspo) in enumerate([(0.4, 0.5), (0.2, 0.6), (0.6, 0.7)]):
-        make_run(tmp_path, "grpo", seed, entropy=grpo)
-        make_run(tmp_path, "aspo", seed, entropy=aspo)
-    make_run(tmp_path, "no-is", 0)
-    make_run(tmp_path, "no-is", 1, done=10)  # was killed between the last line of the log and the last save
-    make_run(tmp_path, "grpo", 0, lr="3e-5", samples=False)
-    (tmp_path / "notes-lr-s").mkdir()
+    for seed, (a, b) in enumerate([(0.4, 0.5), (0.5, 0.5), (0.6, 0.8)]):
+        write(tmp_path, "grpo", seed, avg=a)
+        write(tmp_path, "aspo", seed, avg=b, entropy=0.2, heldout=[(0.6, 0.45), (0.6, 0.35), (0.4, 0.25)][seed])
+        write(tmp_path, "no-is", seed)
+        write(tmp_path, "grpo", seed, point=1, rate=8e-4)
+    write(tmp_path, "grpo", 3)  # the others of this seed are not finished
+    write(tmp_path, "grpo", 0, rate=8e-4, avg=0.0)  # a rate that was not chosen
+    (tmp_path / "8-grpo-lr0.0004-s100-first12.json").write_text("{}")
+    (tmp_path / "rates.json").write_text(json.dumps({"1": 8e-4, "8": 4e-4, "64": 1e-4}))
     return tmp_path
 
 
-def cells(text: str, key: str) -> list[str]:
-    line = next(line for line in text.splitlines() if line.startswith(f"| {key}"))
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
-def test_the_table_has_means_intervals_and_differences_by_seed(out, capsys):
-    assert experiment.main(["--out", str(out), "--table"]) == 0
+def test_tables_and_picture(out, capsys):
+    experiment.main(["table", "--out", str(out)])
+    short, one, eight = capsys.readouterr().out.split(" optimiser steps per rollout")
+    # .4 .5 .6 and the differences .1 0 .2: standard deviation .1, times 4.303 / sqrt(3).
+    assert ("| 8 (0.0004; 3) | 0.500 ± 0.248 | +0.100 ± 0.248 | +0.000 ± 0.248 | 0.200 ± 0.000 | -0.100 ± 0.000 | "
+            "+0.000 ± 0.000 | []; [1, 2]; [] |") in short
+    assert "| avg@16 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 | +0.000" in one  # GRPO's runs, for all
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in eight.splitlines()}
+    assert lines["| held-out accuracy, best"][1] == "0.533 ± 0.287"  # .6 .6 .4
+    # Rollouts 2 to 6 are the first five above .4: four of entropy .4, one of .2.
+    assert lines["| entropy when reward passes 0.4"][0] == "0.360 ± 0.000"
+    assert lines["| of the right ones, right by steps"][0] == "0.250 ± 0.000"
+    assert lines["| weight_pos"][0] == "" and lines["| ratio_pos"][0] == "1.100 ± 0.000"
+    assert lines["| responses: right, decorated"][0] == "0.500 ± 0.000"
+    assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    experiment.main(["read", "--out", str(out), "--points", "8"])
     text = capsys.readouterr().out
-    one, other = text.split("learning rate 3e-5")
-    assert "| grpo (3) | aspo (3) | no-is (1) | aspo minus grpo, by seed (3) |" in one
-    assert "| grpo (1) |" in other and "minus" not in other
-    # Of .4 .2 .6 and .5 .6 .7, halved: 4.303 x standard deviation / sqrt(3); the differences are .05 .2 .05.
-    assert cells(one, "entropy (nats), last 5") == ["0.200 ± 0.248", "0.300 ± 0.124", "0.250", "0.100 ± 0.215"]
-    assert cells(one, "held-out accuracy, last")[:3] == ["0.800 ± 0.000", "0.800 ± 0.000", "0.800"]
-    assert cells(one, "held-out accuracy, best")[0] == "0.900 ± 0.000"
-    assert cells(one, "reward, last 5")[0] == "0.900 ± 0.000"  # .8 .85 .9 .95 1
-    assert cells(one, "entropy at step 10")[2] == "0.500"
-    assert cells(one, "entropy when reward passes 0.90")[2] == "0.250"
-    assert cells(one, "ratio, A < 0") == ["", "", "", ""]
-    assert cells(one, "avg@16")[2] == "0.125" and cells(one, "pass@16")[2] == "0.500"
-    assert cells(one, "different right responses of 16")[2] == "1.000"  # two wordings, and none
-    assert cells(other, "avg@16") == [""]  # not evaluated yet
-    assert (out / "curves.png").stat().st_size > 10_000
+    assert text.count("2 of aspo") == 3 and "1 steps" not in text
 
 
-def test_equal_reward_is_one_that_every_run_reaches():
-    climbs = [row(n, 0.0, n / 20) for n in range(1, 21)]
-    stays = [row(n, 0.0, 0.42) for n in range(1, 21)]
-    assert experiment.common_reward([climbs, stays]) == pytest.approx(0.4)
-    assert experiment.common_reward([climbs]) == pytest.approx(0.9)
-    rising = [row(n, n / 100, n / 20) for n in range(1, 21)]
-    found = experiment.summary([*rising[:-1], rising[-1] | {"heldout_accuracy": 0.5}], [], 0.4)
-    # The mean over five steps is .4 at steps 6 to 10, whose mean entropy is .08.
-    assert found["entropy when reward passes 0.40"] == pytest.approx(0.08)
+@pytest.mark.parametrize("kl, expected", [
+    (0.01, 8e-4),  # at a rate of 1e-3; .0016 at the start, 4e-4; .0064; .026 is too much
+    (0.4, 2e-4),  # .064 is too much; .016
+])
+def test_the_rule_for_rates(monkeypatch, kl, expected):
+    def run(out, point, loss, seed, rate, rollouts):
+        assert (loss, seed, rollouts) == ("grpo", 100, 12)
+        return {"rows": [{"approx_kl": 2 * kl * (rate / 1e-3)**2}, {"approx_kl": 0.0}]}
+
+    monkeypatch.setattr(experiment, "run", run)
+    assert experiment.rate_of(None, 8) == pytest.approx(expected)
 
 
-def test_only_what_is_missing_is_run(out, monkeypatch, capsys):
-    """Finished runs are left alone, an interrupted one is resumed, and only what has no samples is sampled."""
-    calls = []
-
-    def call(script, *flags):
-        calls.append([script, *map(str, flags)])
-        return "error: in use" if "grpo-lr1e-5-s3" in str(flags) else ""
-
-    monkeypatch.setattr(experiment, "call", call)
-    monkeypatch.setattr(experiment, "write_heldout", lambda out, flags: None)
-    monkeypatch.setattr(experiment, "report", lambda out: None)
-    model = ["--model", "DIR", "--out", str(out), "--jobs", "1", "--epochs", "4"]
-    assert experiment.main([*model, "--losses", "grpo", "no-is", "--seeds", "2"]) == 0
-    assert [c[:3] for c in calls] == [["aspo.py", "--resume", str(out / "no-is-lr1e-5-s1")]]
-    calls.clear()
-    (out / "grpo-lr3e-5-s0" / "checkpoint-10").mkdir()
-    assert experiment.main([*model, "--losses", "grpo", "--seeds", "1", "--lr", "3e-5"]) == 0
-    assert [c[0] for c in calls] == ["eval.py"] and "0.8" in calls[0] and str(out / "heldout.jsonl") in calls[0]
-    assert not (out / "grpo-lr3e-5-s0" / "checkpoint-10").exists() and (out / "grpo-lr3e-5-s0" / "checkpoint").exists()
-    calls.clear()
-    assert experiment.main([*model, "--losses", "grpo", "--seeds", "1", "--first_seed", "3"]) == 1
-    assert "in use" in capsys.readouterr().err
-    assert calls[0][0] == "aspo.py" and "--resume" not in calls[0]
-    for flag, value in {"--data": "sums", "--loss": "grpo", "--lr": "1e-5", "--seed": "3", "--steps": "40",
-                        "--epochs": "4", "--out": str(out / "grpo-lr1e-5-s3")}.items():
-        assert calls[0][len(calls[0]) - calls[0][::-1].index(flag)] == value
+@pytest.fixture
+def short(monkeypatch):
+    """Two rollouts of a model that can nothing, and is paid for an even number of characters."""
+    for name, value in dict(steps=2, prompts=4, eval_problems=4, eval_every=1, sft_steps=1).items():
+        monkeypatch.setitem(experiment.SETTINGS, name, value)
+    monkeypatch.setattr(experiment, "POINTS", {1: (4, 1), 4: (2, 2)})
+    monkeypatch.setattr(aspo, "right_answer", lambda response, problem: 1.0 - len(response) % 2)
 
 
-def test_responses_are_read_at_three_stages(out, capsys):
-    samples = [{"step": step, "problem": f"p{step}", "gold": "1", "response": f"r{step}-{i}", "reward": float(step > 5)}
-               for step in range(1, 10) for i in range(4)]
-    (out / "aspo-lr1e-5-s0" / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    assert experiment.main(["--out", str(out), "--read", "3"]) == 0
-    text = capsys.readouterr().out
-    assert [line.split("'")[-2] for line in text.splitlines() if "'" in line] == [
-        "r1-0", "r1-1", "r1-2", "r4-0", "r4-1", "r4-2", "r9-1", "r9-2", "r9-3"]
-    assert "mean reward 0.00" in text and "mean reward 1.00" in text
+def test_runs(tmp_path, short, monkeypatch):
+    """Losses begin alike, are the same with one step, part with several; what is finished is not run again."""
+    one, same = (experiment.run(tmp_path, 1, loss, 0, 3e-3) for loss in ("grpo", "aspo"))
+    for row in one["rows"] + same["rows"]:
+        del row["sample_seconds"], row["update_seconds"]
+    assert all(same[key] == one[key] for key in ("rows", "before", "avg", "responses"))
+    assert one["rows"][0]["weight_pos"] == one["rows"][0]["ratio_neg_low"] == 1
+    four, other = (experiment.run(tmp_path, 4, loss, 0, 3e-3) for loss in ("grpo", "aspo"))
+    (a, a_last), (b, b_last) = four["rows"], other["rows"]
+    assert a["reward"] == b["reward"] and a["weight_pos_low"] != b["weight_pos_low"]
+    assert a_last["entropy"] != b_last["entropy"] and a["ratio_pos_low"] != 1
+    assert sum(four["kinds"].values()) == 4 * 16 and len(four["responses"]) == 4
+    assert not any(path.is_dir() for path in tmp_path.glob("*-lr*"))
+    monkeypatch.setattr(aspo, "train", None)
+    assert experiment.run(tmp_path, 4, "aspo", 0, 3e-3) == other
 
 
-def test_held_out_problems_are_those_of_the_runs(tmp_path):
-    flags = ["--model", "DIR", "--data", "sums", *experiment.REAL]
-    rows = experiment.read_lines(experiment.write_heldout(tmp_path, flags))
-    train, heldout = experiment.aspo.load_problems(experiment.aspo.parse(flags))
-    assert len(rows) == 60 and [r["problem"] for r in rows] == [p["problem"] for p in heldout]
-    assert not {r["problem"] for r in rows} & {p["problem"] for p in train}
-
-
-def test_a_failed_program_is_told_by_its_last_line(monkeypatch):
-    done = subprocess.CompletedProcess([], 2, "", "x\nerror: y\n")
-    monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: done)
-    assert experiment.call("aspo.py") == "error: y"
+def test_ratios_by_probability():
+    stats = [{"advantage": torch.tensor([1.0, 1, 1, -1]), "log_ratio": torch.tensor([0.5, 1, 3, 2]).log(),
+              "old_prob": torch.tensor([0.1, 0.4, 0.5, 0.9])}]
+    found = experiment.update_metrics(stats, usual=lambda _: {"x": 1})
+    assert found == {"x": 1, "ratio_pos_low": 0.75, "ratio_pos_high": pytest.approx(3), "ratio_neg_low": None,
+                     "ratio_neg_high": pytest.approx(2)}
