@@ -134,11 +134,11 @@ def variant(trained, folder, **settings):
 
 def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     """The real script, killed at work; a second one beside it is refused and changes nothing."""
-    arguments = [trained, *"--bench arithmetic --limit 8 --k 4 --sample_rows 8 --out".split()]
+    arguments = [trained, *"--bench arithmetic --limit 12 --k 4 --sample_rows 8 --out".split()]
     broken = tmp_path / "broken"
     assert main(capsys, *arguments, tmp_path / "whole")[0] == 0
     process = Process(*arguments, broken, script=ROOT / "eval.py")
-    while not (found := list(broken.glob("*.jsonl"))) or found[0].read_bytes().count(b"\n") < 8:
+    while not (found := list(broken.glob("*.jsonl"))) or found[0].read_bytes().count(b"\n") < 16:
         time.sleep(0.005)
         assert process.poll() is None
     process.send_signal(signal.SIGSTOP)
@@ -147,12 +147,12 @@ def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     assert status == 2 and "in use" in error and contents(broken) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert found[0].read_bytes().count(b"\n") < 32
+    assert found[0].read_bytes().count(b"\n") < 48
     found[0].write_bytes(found[0].read_bytes()[:-20])  # torn in the last line of a chunk
     assert main(capsys, *arguments, broken)[0] == 0
     assert contents(broken) == contents(tmp_path / "whole")
     [rows] = samples_of(broken)
-    assert len(rows) == 32 and len({row["response"] for row in rows}) > 15
+    assert len(rows) == 48 and len({row["response"] for row in rows}) > 20
 
 
 def test_a_run_and_its_checkpoints(trained, tmp_path, capsys, monkeypatch):
