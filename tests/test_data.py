@@ -9,12 +9,10 @@ import sys
 import datasets
 import pyarrow
 import pytest
-import torch
-import transformers
-from conftest import error_of
+from conftest import error_of, make_model
+from kill import lines
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import aspo
 from aspo import Config
@@ -48,18 +46,11 @@ ROWS = {  # a row, the problem and the answer in it
     "math-500": ({"problem": "a", "solution": "It is \\boxed{07}.", "answer": "7"}, "a", "7"),
     "svamp": ({"ID": "c", "Body": "I have 2.", "Question": "And 2 more?", "Answer": "4"}, "I have 2. And 2 more?", "4"),
     "alpaca": ({"instruction": "Add them.", "input": "2 and 2", "answer": 4}, "Add them. 2 and 2", "4"),
-    "alpaca without an input": ({"instruction": "Add 2 and 2.", "input": "", "output": "", "answer": 4},
-                                "Add 2 and 2.", "4"),
-    "verl": ({"data_source": "x", "prompt": chat("Be brief.", "6 and 7?"), "extra_info": {"index": 0},
-              "reward_model": {"style": "rule", "ground_truth": "13"}}, "Be brief.\n6 and 7?", "13"),
     "trl, a bare answer in solution": ({"prompt": chat("1 and 1?"), "solution": "2"}, "1 and 1?", "2"),
-    "s1K, a bare answer in solution": ({"question": "a", "solution": "128"}, "a", "128"),
     "a chat as JSON text": ({"prompt": json.dumps(chat("Be brief.", "1 and 1?")), "answer": 2},
                             "Be brief.\n1 and 1?", "2"),
     "zero": ({"problem": "a", "answer": 0}, "a", "0"),
-    "several answers": ({"problem": "a", "final_answer": ["3", "-3"]}, "a", "3, -3"),
     "an answer that is a name": ({"problem": "Grandmother?", "answer": "Nan"}, "Grandmother?", "Nan"),
-    "an answer that is infinity": ({"problem": "a", "answer": "infinity"}, "a", "infinity"),
     "empty columns beside it": ({"problem": "a", "final_answer": [], "solution": None, "answer": "7"}, "a", "7"),
 }
 
@@ -108,13 +99,9 @@ BAD_ROWS = {  # bytes, words of the one line
     "unknown columns": (b'{"task": "1", "label": "2"}', ["row 1", "task, label", "question", "final_answer"]),
     "no answer": (GOOD + GOOD + b'{"problem": "1", "answer": null}', ["row 3", "problem", "ground_truth"]),
     "NaN": (GOOD + b'{"problem": "1", "answer": NaN}', ["row 2", "ground_truth"]),
-    "an empty answer": (GOOD + b'{"problem": "1", "answer": " "}', ["row 2"]),
     "choices": (b'{"question": "1", "choices": ["2", "3"], "answer": 1}', ["row 1", "choices"]),
     "pandas' to_json": (b'{"problem": {"0": "1+2", "1": "2+2"}, "answer": {"0": 3, "1": 4}}', ["row 1", "problem"]),
-    "an answer with parts": (b'{"problem": "1", "answer": {"value": 3}}', ["row 1", "answer"]),
     "no JSON": (GOOD + b"nonsense\n", ["row 2"]),
-    "no object": (GOOD + b"3\n", ["row 2", "3"]),
-    "an array of texts": (b'["1+2"]', ["row 1"]),
     "messages without content": (b'{"prompt": [{"role": "user"}], "answer": 1}', ["row 1", "content"]),
     "no UTF-8": (b"\xff\xfe{", ["data.jsonl", "utf-8"]),
     "nothing": (b"\n\n", ["no problem"]),
@@ -178,24 +165,9 @@ CHATML = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% e
           "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-def make_model(folder, template=CHATML):
-    """A chat model with a token per byte, untrained, and all that belongs into its folder."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    bytes_ = Tokenizer(models.BPE(vocabulary, []))
-    bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytes_, pad_token="<pad>", eos_token="<eos>", chat_template=template)
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
+    return make_model(tmp_path_factory.mktemp("model"), CHATML)
 
 
 def options(model, data, out, **more):
@@ -229,16 +201,8 @@ def test_messages_go_through_the_chat_template(model):
     assert prompt(row, None, instruction="") == "Question: Be brief.\n6 and 7?\nAnswer:"
 
 
-def test_a_prompt_that_is_too_long(model, tmp_path, capsys):
-    assert "context 512" in error_of(
-        capsys, *options(model, put(tmp_path, VERL), tmp_path / "run", max_new_tokens=500))
-
-
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{{ m['content'] }}",  # a loop without an end
-    "{{ messages[0]['content'] }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}"])
-def test_a_broken_chat_template_is_one_line(template, tmp_path, capsys):
+def test_a_chat_template_that_refuses_is_one_line(tmp_path, capsys):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}"
     error = error_of(capsys, *options(make_model(tmp_path / "m", template), put(tmp_path, VERL), tmp_path / "run"))
     assert "chat template" in error
 
@@ -251,9 +215,7 @@ def test_a_template_that_prints_the_time_does_not_keep_a_run_from_going_on(tmp_p
 
 
 SPOILED = {  # what happens to a model's folder, words of the one line
-    "nothing is there": (lambda folder: [path.unlink() for path in folder.iterdir()], ""),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], ""),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ""),
     "torn weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), ""),
     "a weight is NaN": (lambda folder: change_weight(folder, float("nan")), "nan"),
 }
@@ -300,19 +262,12 @@ def evens(response, row):
     again = pickle.loads(pickle.dumps(evens))  # as a pool of processes does
     return float(len(response) % 2 == 0) + row["extra"]["bonus"] if again is evens else 0.0
 
-def fails(response, row):
-    raise ValueError("no such thing")
-
 def gives(value):
     return lambda response, row: value
 
 nothing, nan, infinite, text = gives(None), gives(float("nan")), gives(-float("inf")), gives("much")
 """
 OWN_ROWS = jsonl(*({"question": f"{i}?", "answer": f"so\n#### {i}", "extra": {"bonus": 10}} for i in range(5)))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -331,10 +286,10 @@ def test_a_reward_from_a_file_is_remembered(workplace):
     folder, knobs = workplace
     assert aspo.main(knobs(reward=f"{folder}/mine.py:evens")) == 0
     assert aspo.main(["--resume", str(folder / "run"), "--steps", "2"]) == 0
-    for sample in lines(folder / "run" / "samples.jsonl"):
+    for sample in lines(folder / "run", "samples.jsonl"):
         cut = sample["reward"] == 0.0  # what is truncated scores at most 0
         assert cut or sample["reward"] == 10 + (len(sample["response"]) % 2 == 0)
-    assert [m["step"] for m in lines(folder / "run" / "metrics.jsonl")] == [1, 2]
+    assert [m["step"] for m in lines(folder / "run")] == [1, 2]
 
 
 def test_a_reward_of_the_caller_sees_the_row_as_it_was_read(workplace):
@@ -365,12 +320,6 @@ def test_a_reward_that_is_no_number_ends_the_run_with_one_line(name, reason, wor
     monkeypatch.setattr(aspo.Policy, "decode", lambda self, ids: "the very\nresponse")
     error = error_of(capsys, *knobs(reward=f"{folder}/mine.py:{name}"))
     assert all(word in error for word in ("reward", reason, "?'", "the very\\nresponse"))
-
-
-def test_an_error_inside_a_reward_shows_its_place(workplace):
-    folder, knobs = workplace
-    with pytest.raises(ValueError, match="no such thing"):
-        aspo.main(knobs(reward=f"{folder}/mine.py:fails"))
 
 
 @pytest.mark.parametrize("reward, reason", [("mine.py", "FILE.py:NAME"), ("mine.py:no_such", "no_such"),

@@ -134,7 +134,7 @@ def variant(trained, folder, **settings):
 
 def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     """The real script, killed at work; a second one beside it is refused and changes nothing."""
-    arguments = [trained, *"--bench arithmetic --limit 16 --k 4 --sample_rows 8 --out".split()]
+    arguments = [trained, *"--bench arithmetic --limit 12 --k 4 --sample_rows 8 --out".split()]
     broken = tmp_path / "broken"
     assert main(capsys, *arguments, tmp_path / "whole")[0] == 0
     process = Process(*arguments, broken, script=ROOT / "eval.py")
@@ -147,21 +147,12 @@ def test_killed_and_resumed_is_the_same(trained, tmp_path, capsys):
     assert status == 2 and "in use" in error and contents(broken) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert found[0].read_bytes().count(b"\n") < 64
-    with found[0].open("a") as file:
-        file.write('{"problem": "1+')  # a line that the kill has torn
+    assert found[0].read_bytes().count(b"\n") < 48
+    found[0].write_bytes(found[0].read_bytes()[:-20])  # torn in the last line of a chunk
     assert main(capsys, *arguments, broken)[0] == 0
     assert contents(broken) == contents(tmp_path / "whole")
     [rows] = samples_of(broken)
-    assert len(rows) == 64 and len({row["response"] for row in rows}) > 30
-
-
-def test_whole_chunks_of_a_torn_file_are_kept(tmp_path):
-    data = b"".join(b'{"n": %2d}\n' % n for n in range(22))  # a chunk is 8 samples, the last one is shorter
-    for torn, kept in ((data[:-1], 16), (data + b'{"n": ', 22), (data[:20], 0)):
-        (tmp_path / "a").write_bytes(torn)
-        assert [row["n"] for row in evaluation.finished(tmp_path / "a", 22, 8)] == list(range(kept))
-        assert (tmp_path / "a").read_bytes() == b"".join(data.splitlines(keepends=True)[:kept])
+    assert len(rows) == 48 and len({row["response"] for row in rows}) > 20
 
 
 def test_a_run_and_its_checkpoints(trained, tmp_path, capsys, monkeypatch):
@@ -200,14 +191,13 @@ def test_figures_stand_side_by_side(trained, tmp_path, capsys, monkeypatch):
     assert len(samples_of(tmp_path / "runs" / "eval-B-final")) == 2
 
 
-@pytest.mark.parametrize("bench", ["", "--bench sums --limit 3"])
-def test_a_model_beside_a_run_gets_what_the_run_was_given(trained, tmp_path, capsys, bench):
-    """In either order; what is typed wins; two runs that differ are refused."""
+def test_a_model_beside_a_run_gets_what_the_run_was_given(trained, tmp_path, capsys):
+    """In either order, with a benchmark too; what is typed wins; two runs that differ are refused."""
     run = variant(trained, tmp_path / "run", instruction="0+")
     base = shutil.copytree(trained / "checkpoint-1", tmp_path / "base")
-    flags = *bench.split(), "--out", tmp_path / "out"
-    for names in ((run, base), (base, run)):
-        status, out, _ = main(capsys, names[0], "--model", names[1], *flags)
+    flags = "--out", tmp_path / "out"
+    for names, bench in (((run, base), []), ((base, run), "--bench sums --limit 3".split())):
+        status, out, _ = main(capsys, names[0], "--model", names[1], *bench, *flags)
         assert status == 0 and out.count("instruction '0+', max_new_tokens 24, thinking False, ") == 2
         assert f"{names[1]} minus {names[0]} on the same {3 if bench else 8} problems" in out
     (tmp_path / "out").rename(tmp_path / "done")
@@ -273,7 +263,6 @@ def test_greedy_is_what_the_model_says(trained, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, words", [
     ("RUN --bench ,", "no benchmark"), ("RUN --bench sums,sums", "one name"), ("RUN --limit 0", "--limit"),
     ("RUN --top_p 0", "--top_p"), ("RUN --k 2 --temperature 0", "--k 1"), ("RUN --seed -1", "--seed"),
-    ("RUN --temperature nan", "--temperature"), ("RUN --nonsense", "--nonsense"),
     ("RUN --device abacus", "--device"), ("RUN --reward no.py:f", "no.py:f"), (".", "cannot load"),
     ("", "MODEL_OR_RUN"), ("RUN --limit 2 --out file/x", "cannot write"),
     ("compare .", "no run folder"), ("weights --out x.nope", "cannot write"),
@@ -315,15 +304,9 @@ def test_compare(tmp_path, monkeypatch):
 
 
 def test_weight_curves_show_the_methods(tmp_path, capsys):
-    """The flip at r < 1, the drop beyond the clip range, the caps."""
-    golden = {1.0: [("aspo", 0.5, 2), ("aspo", 0.2, 3), ("aspo", 1.3, 0), ("grpo", 0.5, 0.5),
-                    ("dapo", 1.25, 1.25)],
-              -1.0: [("aspo", 0.5, 0), ("aspo", 5, 3), ("grpo", 5, 0), ("gspo", 1.5, 1.5), ("gspo", 0.99, 0),
-                     ("cispo", 5, 1.2), ("no-is", 5, 1)]}
-    for advantage, points in golden.items():
+    for advantage, weight in ((1.0, 2), (-1.0, 0)):  # the flip at r < 1
         ratios, curves = evaluation.weight_curves(advantage)
         assert set(curves) == set(aspo.WEIGHTS)
-        for loss, r, weight in points:
-            assert curves[loss][(ratios - r).abs().argmin()] == pytest.approx(weight, abs=0.01), (advantage, loss, r)
+        assert curves["aspo"][(ratios - 0.5).abs().argmin()] == pytest.approx(weight, abs=0.01)
     status, out, _ = main(capsys, "weights", "--out", path := tmp_path / "w.svg")
     assert status == 0 and f"picture in {path}" in out and path.stat().st_size > 20_000

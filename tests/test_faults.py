@@ -9,12 +9,12 @@ import threading
 
 import pytest
 import torch
-from conftest import error_of, policy_of
+from conftest import error_of, made_up_samples, sgd_policy
 from kill import FLAGS, has_lines, kill_and_compare, lines, newest, same
 from processes import Process, run as run_script
 
 import aspo
-from aspo import Sample, UserError
+from aspo import UserError
 
 KEEP = """
 import re, shutil
@@ -53,10 +53,9 @@ def test_killed_runs_end_as_if_never_stopped(tmp_path):
     assert {path.name for path in (tmp_path / "whole").glob("checkpoint*")} == {"checkpoint-11", "checkpoint-12"}
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_resume_drops_what_was_logged_later_and_ends_the_same(step, run, finished):
+def test_resume_drops_what_was_logged_later_and_ends_the_same(run, finished):
     """Also a line that a kill has torn, and folders that only look like checkpoints."""
-    back_to(run, step)
+    back_to(run, 3)
     (run / "unfinished").mkdir()
     (run / "checkpoint-x").mkdir()
     with (run / "metrics.jsonl").open("a") as file:
@@ -79,7 +78,6 @@ def test_a_finished_run_goes_on_with_more_steps_and_says_what_else_was_typed(run
 DAMAGE = {
     "state cut off": lambda folder: (folder / "trainer.pt").write_bytes((folder / "trainer.pt").read_bytes()[:1000]),
     "a pickle that would run code": lambda folder: torch.save(print, folder / "trainer.pt"),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
 }
 
 
@@ -100,9 +98,8 @@ def test_settings_that_cannot_be_read_are_one_line(change, run, capsys):
 
 # ---------------------------------------------------------------------------------------- signals, exceptions, the lock
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, finished, number):
-    run = tmp_path / "run"
+def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, finished):
+    run, number = tmp_path / "run", signal.SIGINT
     process = Process("--steps", STEPS, "--out", run, *FLAGS, "--save_every", 0)
     assert process.wait_for(lambda: has_lines(run))
     process.send_signal(number)
@@ -111,16 +108,6 @@ def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, finished, number):
     assert 0 < len(lines(run)) < STEPS and f"--resume {run}" in process.out
     assert aspo.main(["--resume", str(run)]) == 0
     same(run, finished)
-
-
-def test_a_second_signal_leaves_at_once(tmp_path):
-    slow = "import time, torch\ntorch.optim.AdamW.step = lambda *_, **__: time.sleep(600)"
-    process = Process("--out", tmp_path / "run", *FLAGS, "--sft_steps", 0, before=slow)
-    assert process.wait_for(lambda: "a prompt" in process.out)
-    process.send_signal(signal.SIGINT)
-    assert process.wait_for(lambda: "stopping after this step" in process.err)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and "Traceback" not in process.err  # the step alone would take ten minutes
 
 
 def test_ctrl_c_in_the_warm_up_ends_at_once_and_the_folder_can_be_taken_again(tmp_path):
@@ -161,9 +148,9 @@ def fail():
 
 
 @pytest.mark.parametrize("happen, raised", [
-    (lambda: press(1), SystemExit), (lambda: press(2), KeyboardInterrupt),
+    (lambda: press(2), KeyboardInterrupt),
     (lambda: press(1, signal.SIGTERM), SystemExit), (fail, RuntimeError)],
-    ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM", "an exception"])
+    ids=["Ctrl-C twice", "SIGTERM", "an exception"])
 def test_in_a_notebook_lock_and_signals_are_given_back(happen, raised, tmp_path):
     """In one Python process: the same folder is resumed, and Ctrl-C is Python's own again."""
     cfg = aspo.parse(["--out", str(tmp_path / "run"), "--steps", "3", *FLAGS])
@@ -200,7 +187,8 @@ def test_ctrl_c_while_a_thread_trains_is_the_main_threads(tmp_path):
 
 
 def test_two_programs_in_one_folder(run, finished):
-    back_to(run, 2)
+    """Resumed from the very start, too: there was no checkpoint yet."""
+    back_to(run, 0)
     first = Process("--resume", run)
     assert first.wait_for(lambda: "a prompt" in first.out)
     first.send_signal(signal.SIGSTOP)
@@ -228,53 +216,34 @@ def test_a_learning_rate_that_breaks_the_model_ends_the_run(tmp_path, capsys):
 ERRORS = {"CUDA": torch.OutOfMemoryError("CUDA out of memory"),
           "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
           "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")}
-
-
-def rollout(tokenizer):
-    torch.manual_seed(1)
-    samples = []
-    for k in range(8):
-        response = torch.randint(4, 18, (5 + 3 * (k % 4),)).tolist() + [tokenizer.eos_token_id]
-        samples.append(Sample("1+2", "3", tokenizer("1+2=").input_ids, response, advantage=(-1.0) ** k * (1 + k // 4),
-                              sampler_logp=torch.zeros(len(response))))
-    return samples
-
-
-def update_policy(tiny, **knobs):
-    """Plain gradient descent: Adam would hide what a gradient's size is."""
-    policy = policy_of(*tiny, **dict(minibatch=1, epochs=2, group_size=4, prompts=2, max_new_tokens=16, lr=1.0,
-                                     lr_warmup=0, micro_tokens=100) | knobs)
-    policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-    return policy
+SHORT = dict(minibatch=1, epochs=2, prompts=2, micro_tokens=100, lr=0.1)
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_out_of_memory_in_an_update_halves_the_micro_batch(name, tiny, monkeypatch, capsys):
     """It runs out behind the backward pass of a first micro-batch, too: the gradient is begun anew."""
     real, results, seen, passes = aspo.token_logp, [], [], []
-    start = aspo.copy.deepcopy(tiny[0].state_dict())
 
     def limited(policy, model, samples):
-        seen.append(len(samples))
+        seen.append(len(samples) * max(len(s.prompt + s.response) for s in samples))
         passes.append(torch.is_grad_enabled())
-        if len(samples) > 2 or (passes[-1] and sum(passes) == 2):
+        if seen[-1] > 50 or (passes[-1] and sum(passes) == 2):
             raise ERRORS[name]
         return real(policy, model, samples)
 
     for forward in (real, limited):
-        tiny[0].load_state_dict(start)
-        policy = update_policy(tiny)
+        policy = sgd_policy(tiny, **SHORT)
         monkeypatch.setattr(aspo, "token_logp", forward)
-        aspo.update(policy, rollout(tiny[1]), policy.cfg)
+        aspo.update(policy, made_up_samples(tiny[1], groups=2), policy.cfg)
         monkeypatch.setattr(aspo, "token_logp", real)
         results.append(torch.cat([p.detach().flatten().clone() for p in policy.model.parameters()]))
-    assert policy.micro_tokens == 25 and max(seen) > 2 and policy.cfg.micro_tokens == 100
+    assert policy.micro_tokens == 25 and max(seen) > 50 and policy.cfg.micro_tokens == 100
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     assert capsys.readouterr().out.count("out of memory") == 2  # each halving is said once
 
 
 def test_errors_that_smaller_batches_do_not_cure(tiny, monkeypatch):
-    policy = update_policy(tiny)
+    policy = sgd_policy(tiny, **SHORT)
     for error, kind, words in ((ERRORS["CUDA"], UserError, "out of memory with --micro_tokens"),
                                (RuntimeError("shapes differ"), RuntimeError, "shapes differ")):
         def fail(*args):
@@ -282,12 +251,12 @@ def test_errors_that_smaller_batches_do_not_cure(tiny, monkeypatch):
 
         monkeypatch.setattr(aspo, "token_logp", fail)
         with pytest.raises(kind, match=words):
-            aspo.update(policy, rollout(tiny[1]), policy.cfg)
+            aspo.update(policy, made_up_samples(tiny[1], groups=2), policy.cfg)
 
 
 def test_out_of_memory_in_sampling_samples_fewer_rows(tiny, monkeypatch):
     problems = [aspo.make_problem({"problem": f"{i}+1", "answer": "0"}) for i in range(5)]
-    policy, rows, real = update_policy(tiny, sample_rows=32, max_new_tokens=4), [], aspo.generate
+    policy, rows, real = sgd_policy(tiny, sample_rows=32, max_new_tokens=4), [], aspo.generate
 
     def limited(policy, prompts):
         rows.append(len(prompts))

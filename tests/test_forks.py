@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, make_model
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 import aspo
@@ -22,21 +22,12 @@ SHORT = ["--data", "arithmetic", "--steps", "2", "--prompts", "4", "--minibatch"
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A folder with an untrained model, one token per character of ASCII, and a chat template that names roles."""
-    tokens = ["<pad>", "<eos>", "<unk>", "Ċ", "Ġ", *map(chr, range(33, 127))]
-    tokenizer = transformers.Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, [], pad_token="<pad>",
-                                            eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-                               "{% if add_generation_prompt %}assistant: {% endif %}")
-    torch.manual_seed(0)
-    config = aspo.tiny_model()[0].config
-    config.vocab_size = len(tokens)
+    """Its chat template names roles."""
     folder = tmp_path_factory.mktemp("forks")
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     # Not above 0, so that what is cut off, as most of it is, keeps its reward.
     (folder / "digits.py").write_text("def digits(response, row):\n    return -sum(map(str.isdigit, response))\n")
-    return folder / "model"
+    return make_model(folder / "model", "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+                                        "{% if add_generation_prompt %}assistant: {% endif %}")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from conftest import aspo, policy_of
-from gpu import GIB, SHAPES, main, needed, table
+from gpu import main, needed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -70,14 +70,6 @@ def test_the_formula_tells_the_peak_of_sampling(policy):
         policy.generate([[5] * 100] * policy.sample_rows)
     formula = needed(SHAPE, policy.cfg, 100, VOCABULARY)
     assert live.peak == pytest.approx(formula["sampler's copy"] + formula["its cache, logits"], rel=0.1)
-
-
-def test_the_presets_fit_the_gpus_that_they_are_said_to_be_sized_for():
-    size = {alias: sum(needed(SHAPES[alias], aspo.Config(model=alias), 200).values()) / GIB + 2
-            for alias in SHAPES if alias in aspo.PRESETS}
-    assert max(size["qwen-0.5b"], size["qwen3-0.6b"]) * GIB < 24e9
-    assert max(size["qwen-1.5b"], size["qwen-math-1.5b"]) * GIB < 40e9 < size["r1-1.5b"] * GIB < 80e9
-    assert {line.count("|") for line in table().splitlines()[:-2]} == {8}
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler")

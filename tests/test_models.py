@@ -86,7 +86,7 @@ def check_steps(model, tokenizer, checkpointing=True):
     cfg = aspo.Config(model="made", instruction="", device="cpu", group_size=2, max_new_tokens=8, temperature=0.8,
                       micro_tokens=200)
     reference = copy.deepcopy(model).eval()
-    policy = aspo.Policy(model, tokenizer, cfg, problems(PROMPTS))
+    policy = aspo.Policy(model.train(), tokenizer, cfg, problems(PROMPTS))
     policy.stop_ids = list(range(1, 40, 5))
     torch.manual_seed(1)
     samples = aspo.roll_out(policy, problems(PROMPTS[::2]), 2, cfg)
@@ -171,13 +171,3 @@ def test_what_does_not_work_is_refused_in_one_line(name, settings, flags, words,
     errors = capsys.readouterr().err.splitlines()
     assert status == 2 and len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
     assert not (out / "config.json").exists()
-
-
-def test_the_end_of_a_turn_is_found_in_the_template():
-    """A base model that was given a template: neither its config nor its tokenizer counts <|im_end|> as an end."""
-    model, tokenizer = aspo.tiny_model()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert aspo.stop_tokens(model, tokenizer) == sorted([tokenizer.eos_token_id, end])

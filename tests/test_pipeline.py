@@ -2,33 +2,13 @@
 transformers' own forward of one unpadded sequence at a time. test_models.py does so for many kinds of model."""
 import copy
 import math
-import random
 
 import pytest
 import torch
-import transformers
-from conftest import policy_of
+from conftest import PROMPTS, ids, made_up_samples, policy_of, sgd_policy
 
 import aspo
 from aspo import Config, Sample, pick
-
-PROMPTS = ["1+2+3+4=", "5+5=", "1+1+1+1+1+1=", "2="]
-
-
-def ids(tokenizer, text):
-    return tokenizer(text).input_ids
-
-
-def made_up_samples(tokenizer, groups=4, group_size=4):
-    """Random responses of random lengths with random advantages, groups side by side."""
-    rng, samples = random.Random(0), []
-    for q in range(groups):
-        for _ in range(group_size):
-            response = [rng.randrange(3, 18) for _ in range(rng.randint(1, 12))] + [tokenizer.eos_token_id]
-            samples.append(Sample("p", "1", ids(tokenizer, PROMPTS[q % 4]), response, reward=rng.random(),
-                                  advantage=rng.gauss(0, 1), sampler_logp=torch.zeros(len(response))))
-    return samples
-
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
@@ -79,8 +59,7 @@ def assert_same(found, expected):
     assert found[2].isfinite().all() and relative(found[2], expected[2]) < 1e-5
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logp_equals_one_sequence_at_a_time(tiny, temperature):
+def test_token_logp_equals_one_sequence_at_a_time(tiny, temperature=0.6):
     samples = made_up_samples(tiny[1])
     expected = naive_gradient(tiny[0], samples, temperature)
     assert_same(own_gradient(policy_of(*tiny, temperature=temperature), samples), expected)
@@ -105,22 +84,6 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_does_recompute(tiny)
     policy.sampler.model.embed_tokens.register_forward_pre_hook(lambda module, args: embedded.append(args[0].shape))
     assert greedy(policy, [prompt] * 2, 6) == generated(policy.model, [prompt] * 2, 6)
     assert embedded[:6] == [(1, 4), *[(2, 1)] * 5]  # the cache is on: the group's prompt once, then one token a step
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_random_is_in_the_update(checkpointing):
-    """Whatever a config asks for in train mode: log-probabilities are the model's, and the first ratios exactly 1."""
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, eos_token_id=None,
-        resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
-    samples = made_up_samples(aspo.tiny_model()[1], groups=2)
-    expected = naive_gradient(model.eval(), samples)
-    policy = policy_of(model.train(), aspo.tiny_model()[1], model="gpt2", gradient_checkpointing=checkpointing,
-                       prompts=2, group_size=4, minibatch=2, epochs=2, lr_warmup=0, max_new_tokens=20)
-    assert_same(own_gradient(policy, samples), expected)
-    stats, norms = aspo.update(policy, samples, policy.cfg)
-    assert (stats[0]["log_ratio"] == 0).all() and (stats[-1]["log_ratio"] != 0).any() and norms[0] > 0
 
 
 def test_entropy_is_exact_under_autocast_at_the_size_of_a_real_vocabulary(monkeypatch):
@@ -217,34 +180,17 @@ def test_a_token_of_probability_0_is_never_drawn(uniform, expected, monkeypatch)
     assert pick(logits, 1.0)[0].item() == {2: 128, 1: 1}[expected]
 
 
-def test_samples_follow_the_softmax(tiny):
-    """Chi-square of first tokens at temperature 0.7 against the exact softmax: 17 degrees, p < 1e-4 above 49."""
-    n, prompt = 20_000, ids(tiny[1], "1+2=")
-    policy = policy_of(*tiny, sample_rows=n)
-    torch.manual_seed(1)
-    responses = drawn(policy, [prompt] * n, 1, 0.7)
-    exact = (policy.model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
-    counts = torch.tensor([response for response, _, _ in responses])[:, 0].bincount(minlength=len(exact))
-    assert ((counts - n * exact) ** 2 / (n * exact)).sum() < 49
-    assert exact.max() > 3 * exact.min()  # a uniform sampler would not pass
-    entropy = -(exact.double() * exact.double().log()).sum().item()
-    for response, logp, h in responses[:50]:
-        assert logp.item() == pytest.approx(exact[response[0]].log().item(), abs=1e-5)
-        assert h == pytest.approx(entropy, abs=1e-5)
-
-
 def test_top_p_by_hand():
     torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5000, 4)
-    token, logp, entropy = pick(logits, 1.0, top_p=0.7)
+    token, logp, entropy = pick(logits * 0.6, 0.6, top_p=0.7)  # at this temperature
     assert (token.bincount(minlength=4) / 5000).tolist() == pytest.approx([5 / 8, 3 / 8, 0, 0], abs=0.03)
     assert entropy[0].item() == pytest.approx(1.1421, abs=1e-3)  # of the whole softmax
     assert {round(value, 4) for value in logp.exp().tolist()} == {0.5, 0.3}
     assert pick(logits[:5], 0)[0].tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_sampler_and_trainer_agree_on_the_policy(tiny, temperature):
+def test_sampler_and_trainer_agree_on_the_policy(tiny, temperature=1.5):
     """What the sampler saw, through cache and rows that leave, is the trainer's on the same tokens and temperature."""
     torch.manual_seed(2)
     policy, eos = policy_of(*tiny, temperature=temperature, sample_rows=8), tiny[1].eos_token_id
@@ -341,14 +287,6 @@ def test_problems_are_all_visited_in_an_order_of_the_seed():
 
 # ---------------------------------------------------------------------------------------------------------- update
 
-def sgd_policy(tiny, lr=1.0, **knobs):
-    """Plain gradient descent: for one step the change of the weights is minus lr times the gradient."""
-    common = dict(prompts=4, group_size=4, minibatch=4, epochs=1, grad_clip=0, lr=lr, lr_warmup=0, weight_decay=0)
-    policy = policy_of(copy.deepcopy(tiny[0]), tiny[1], **common | knobs)
-    policy.optimizer = torch.optim.SGD(policy.model.parameters(), lr=lr)
-    return policy
-
-
 def step_taken(tiny, samples, **knobs):
     """The change of all weights by one call of update, its stats and norms."""
     policy = sgd_policy(tiny, **knobs)
@@ -375,16 +313,16 @@ def test_gradient_does_not_depend_on_the_micro_batch(tiny, agg):
 
 
 def test_first_step_is_the_same_for_all_methods_and_later_ones_differ(tiny):
-    losses, samples = ("aspo", "grpo", "no-is"), lambda: made_up_samples(tiny[1])
-    one = {loss: step_taken(tiny, samples(), lr=0.3, loss=loss) for loss in losses}
+    samples, common = lambda: made_up_samples(tiny[1]), dict(lr=0.3, loss_agg="token")
+    one = {loss: step_taken(tiny, samples(), loss=loss, **common) for loss in aspo.WEIGHTS}
     for change, stats, norms in one.values():
         assert relative(change, one["grpo"][0]) < 1e-6 and len(norms) == 1
         assert (stats["log_ratio"] == 0).all() and (stats["weight"] == 1).all()
-    several = {loss: step_taken(tiny, samples(), lr=0.3, loss=loss, minibatch=2, epochs=2, micro_tokens=60)
-               for loss in losses}
+    several = {loss: step_taken(tiny, samples(), loss=loss, minibatch=2, epochs=2, micro_tokens=60, **common)
+               for loss in aspo.WEIGHTS}
     for loss, (change, stats, norms) in several.items():
         assert len(norms) == 4 and (stats["log_ratio"] != 0).any()
-        assert loss == "grpo" or relative(change, several["grpo"][0]) > 1e-3
+        assert loss not in ("aspo", "no-is") or relative(change, several["grpo"][0]) > 1e-3
 
 
 def test_old_logp_is_fixed_before_the_first_step(tiny, monkeypatch):

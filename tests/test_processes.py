@@ -1,9 +1,11 @@
 """More than one process, on a CPU with gloo: the same update, a part of the model each, other numbers of them."""
 import os
+import shutil
 import signal
 
 import pytest
 import torch
+from conftest import made_up_samples
 from kill import FLAGS, has_lines, lines, newest, same
 from processes import run_several, start_several
 from safetensors.torch import load_file
@@ -17,19 +19,6 @@ VARIANTS = {  # settings of two updates on a fixed rollout
     "grpo, clipped": {"loss": "grpo", "minibatch": 2, "grad_clip": 0.05},
 }
 HALF = {"half, layers recomputed": {"gradient_checkpointing": True}}  # as on a GPU, in bf16
-
-
-def rollout(tokenizer):
-    """Lengths and signs differ, some groups have no signal, so that the shares of processes are unequal."""
-    torch.manual_seed(0)
-    samples = []
-    for group in range(8):
-        for k in range(4):
-            response = torch.randint(4, 18, (3 + 4 * k + group,)).tolist() + [tokenizer.eos_token_id]
-            samples.append(aspo.Sample("", "", tokenizer(f"{group}+2=").input_ids, response,
-                                       reward=float(group < 6 and k == 1), advantage=(0.5 - k) * (group < 6),
-                                       sampler_logp=torch.zeros(len(response))))
-    return samples
 
 
 def updates(path):
@@ -55,7 +44,10 @@ def updates(path):
             aspo.shard_model(policy.reference, policy.device, policy.dtype)
         # Adam would blow rounding errors of tiny gradients up
         policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-        share = [s for group in aspo.chunks(rollout(tokenizer), 4)[aspo.rank()::aspo.world()] for s in group]
+        samples = made_up_samples(tokenizer, groups=8)
+        for s in samples[24:]:
+            s.advantage = 0.0  # no signal: the shares of processes are unequal
+        share = [s for group in aspo.chunks(samples, 4)[aspo.rank()::aspo.world()] for s in group]
         stats, norms = aspo.update(policy, share, cfg)
         weights = {key: aspo.unshard(p.detach()).clone() for key, p in model.named_parameters()}
         held = [(p.to_local() if aspo.world() > 1 else p).numel() for p in model.parameters()]
@@ -109,30 +101,42 @@ def test_each_process_holds_a_part_of_the_model(found):
         assert two < 0.51 * one + 200  # of vectors that two do not divide, the first process has one more
 
 
-def test_a_run_moves_between_numbers_of_processes(tmp_path):
-    """Saved by two, resumed by one, and the other way."""
-    run = tmp_path / "run"
-    out = run_several(2, "--steps", 1, "--out", run, *FLAGS).out
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes, by a script of one's own."""
+    folder = tmp_path_factory.mktemp("whole")
+    script, flags = folder / "script.py", ["--steps", "3", "--out", str(folder / "run"), *FLAGS]
+    script.write_text(f"""
+import aspo
+if __name__ == "__main__":
+    aspo.train(aspo.parse({flags!r}))
+""")
+    out = run_several(2, script=script).out
     assert out.count("held-out accuracy before RL") == 1 and "2 x cpu" in out  # the first alone speaks
+    return folder / "run"
+
+
+def test_a_run_moves_between_numbers_of_processes(whole, tmp_path):
+    """Saved by two, resumed by one, and the other way."""
+    run = shutil.copytree(whole, tmp_path / "run")
     keys = load_file(newest(run) / "model.safetensors").keys()
     assert "lm_head.weight" not in keys  # it is tied
-    run_several(1, "--resume", run, "--steps", 2, "--gradient_checkpointing")
-    run_several(2, "--resume", run, "--steps", 3)
+    run_several(1, "--resume", run, "--steps", 4, "--gradient_checkpointing")
+    run_several(2, "--resume", run, "--steps", 5)
     metrics = lines(run)
-    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
     # 4 prompts x 4, over all processes
     assert all(m["tokens"] == pytest.approx(16 * m["response_length"]) for m in metrics)
     assert all(m["grad_norm"] > 0 and m["sampler_mismatch"] < 1e-4 for m in metrics)
     assert load_file(newest(run) / "model.safetensors").keys() == keys
     state = torch.load(newest(run) / "trainer.pt", weights_only=True)
     steps = {int(moments["step"]) for moments in state["moments"]["state"].values()}
-    assert state["step"] == 3 and state["position"] == 12 and steps == {state["updates"]}
+    assert state["step"] == 5 and state["position"] == 20 and steps == {state["updates"]}
 
 
-def test_two_processes_go_on_as_if_never_stopped(tmp_path):
+def test_two_processes_go_on_as_if_never_stopped(whole, tmp_path):
     """One that is asked is enough. The resumed run is bit for bit the other, as with one process."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_several(2, "--steps", 3, "--out", whole, *FLAGS)
+    parts = tmp_path / "parts"
     processes = start_several(2, "--steps", 3, "--out", parts, *FLAGS)
     assert processes[0].wait_for(lambda: has_lines(parts))
     processes[1].send_signal(signal.SIGTERM)
@@ -140,18 +144,6 @@ def test_two_processes_go_on_as_if_never_stopped(tmp_path):
     if len(lines(parts)) < 3:
         run_several(2, "--resume", parts)
     same(whole, parts)
-
-
-def test_a_script_of_ones_own_under_torchrun_is_one_run(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import aspo
-if __name__ == "__main__":
-    metrics = aspo.train(aspo.parse({["--steps", "1", "--out", str(tmp_path / "run"), *FLAGS]!r}))
-    print(metrics["step"])
-""")
-    out = run_several(2, script=script).out
-    assert "2 x cpu" in out and out.endswith("\n1\n") and len(lines(tmp_path / "run")) == 1
 
 
 def test_a_mini_batch_that_processes_cannot_share(monkeypatch):

@@ -2,7 +2,6 @@
 import copy
 import dataclasses
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -51,14 +50,6 @@ def test_run_folder(finished):
     assert names == {"checkpoint-3", "config.json", "metrics.jsonl", "samples.jsonl"}
 
 
-def test_checkpoint_loads_and_generates(finished):
-    folder = finished[0] / "checkpoint-3"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    inputs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        [{"role": "user", "content": "1+2+3+4"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert model.generate(**inputs, max_new_tokens=5, do_sample=False).shape[1] > 8
-
-
 def test_screen_tells_what_happens(finished):
     out, process = finished
     for words in ("0.3 M parameters", "cpu", "float32", "500 problems", "4 optimiser steps", "a prompt '",
@@ -102,12 +93,6 @@ def test_the_reference_model_is_the_initial_one_and_only_there_for_the_kl(tmp_pa
     assert "kl_ref" in lines(tmp_path / "b")[0] and "kl_ref" not in lines(tmp_path / "a")[0]
     (_, trained, reference, again) = (torch.cat([p.flatten() for p in model.parameters()]) for model, _ in made)
     assert reference.equal(again) and not trained.equal(again)
-
-
-@pytest.mark.parametrize("loss", [loss for loss in aspo.WEIGHTS if loss not in ("aspo", "grpo")])
-def test_every_loss_runs(loss, tmp_path):
-    assert aspo.main([*ONE, "--loss", loss, "--out", str(tmp_path / "run")]) == 0
-    assert lines(tmp_path / "run")[0]["grad_norm"] >= 0
 
 
 # ------------------------------------------------------------------------------------------------ settings and flags
@@ -171,26 +156,6 @@ def test_train_is_a_function_that_returns_the_last_metrics(tmp_path):
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
-def test_train_in_a_thread(tmp_path):
-    """Python hears signals in the main thread alone: it trains without handlers."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(aspo.train(Config(out=str(tmp_path / "run"), **LEAST))))
-    thread.start()
-    thread.join()
-    assert results[0]["step"] == 1
-
-
-def test_a_weight_of_ones_own_trains_and_its_run_is_read_without_it(tmp_path, monkeypatch):
-    """eval.py does not know it, and needs no loss."""
-    def sqrt_ratio(r, advantages, eps, dual_clip):
-        return r.sqrt() * aspo.unclipped(r, advantages, eps)
-
-    monkeypatch.setitem(aspo.WEIGHTS, "sqrt", sqrt_ratio)
-    aspo.train(aspo.parse([*ONE, "--loss", "sqrt", "--out", str(tmp_path / "run")]))
-    monkeypatch.undo()
-    assert Config(**aspo.read_config(tmp_path / "run")).loss == "sqrt"
-
-
 def test_an_optimizer_whose_state_holds_numbers_is_saved(tmp_path, monkeypatch):
     """transformers' Adafactor counts steps in an int."""
     real = aspo.Policy.place
@@ -241,7 +206,7 @@ aspo.train(aspo.Config(out={str(tmp_path / "run")!r}, **{LEAST!r}))
 
 
 def test_importing_has_no_side_effects(tmp_path, monkeypatch):
-    """No file, no group of processes, no changed threads, signals, streams or random state; and the public names."""
+    """No file, no group of processes, no changed threads, signals, streams or random state."""
     script = tmp_path / "script.py"
     script.write_text("""
 import random, signal, sys, torch
@@ -249,8 +214,6 @@ state, streams = torch.random.get_rng_state(), (sys.stdout, sys.stderr)
 handlers = [signal.getsignal(n) for n in range(1, 32)]
 python, threads = random.getstate(), torch.get_num_threads()
 import aspo
-from aspo import Config, WEIGHTS, policy_loss, group_advantages, ratio, unclipped, Sample, train, parse, main
-from aspo import load_model, tiny_model, read_file, load_problems, UserError
 assert state.equal(torch.random.get_rng_state()) and handlers == [signal.getsignal(n) for n in range(1, 32)]
 assert streams == (sys.stdout, sys.stderr) and not torch.distributed.is_initialized()
 assert python == random.getstate() and threads == torch.get_num_threads() and torch.is_grad_enabled()
@@ -266,16 +229,11 @@ assert torch.get_default_dtype() == torch.float32 and "datasets" not in sys.modu
 BAD = {
     "unknown loss": (["--loss", "ppo"], "choose from"),
     "unknown flag": (["--los", "grpo"], "--los"),
-    "a flag that went": (["--engine", "fast"], "--engine"),
     "not a number": (["--lr", "fast"], "--lr"),
     "group of one": (["--group_size", "1"], "--group_size 1: expected at least 2"),
-    "negative size": (["--prompts", "-4"], "--prompts -4: expected at least 1"),
     "not a number at all": (["--lr", "nan"], "--lr nan: expected at least 0"),
-    "infinite": (["--grad_clip", "inf"], "--grad_clip inf: expected at least 0"),
-    "unknown mean": (["--loss_agg", "median"], "choose from token, sequence, constant"),
     "neither true nor false": (["--thinking", "maybe"], "--thinking"),
     "uneven mini-batches": (["--prompts", "10", "--minibatch", "4"], "must divide"),
-    "unknown device": (["--device", "gpu"], "--device 'gpu'"),
     "mps": (["--device", "mps"], "--device 'mps'"),
     "missing model": (["--model", "./no/such/model", "--data", "arithmetic"], "./no/such/model"),
     "words for the tiny model": (["--data", "sums"], "tiny model reads only"),
@@ -288,14 +246,6 @@ def test_bad_input_gets_one_line_and_nothing_is_written(case, tmp_path, capsys):
     args, words = BAD[case]
     assert words in error_of(capsys, *args, "--sft_steps", 1, "--steps", 1, "--out", tmp_path / "run")
     assert not any((tmp_path / "run").glob("[!.]*"))
-
-
-def test_an_existing_run_is_not_touched(finished, capsys):
-    out, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    error = error_of(capsys, "--out", out, *SMALL)
-    assert f"--resume {out}" in error and "--out" in error
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 @pytest.mark.parametrize("folder", ["nothing", "", "a file/run"])
