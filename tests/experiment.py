@@ -1,11 +1,12 @@
-"""When does the asymmetry matter? GRPO, ASPO and no-is at 1 to 64 optimiser steps per rollout, on the tiny task.
+"""When does the asymmetry matter? GRPO, ASPO and no-is at 1 to 64 optimiser steps per rollout.
 
     python tests/experiment.py sweep                 # rates, runs, tables, picture; what is finished is kept
     python tests/experiment.py table                 # of what is finished
     python tests/experiment.py read --points 8 64    # responses at the end of training: read them, then believe
+    python tests/experiment.py sweep --model DIR --points 8 --seeds 3 --out runs/sums    # pretrained
 
 Written down before the runs:
-- A run is 24 rollouts of 32 prompts x 8 responses (python aspo.py has 55 of 64: hours more than there were). 4 to 64
+- A run is 55 rollouts of 32 prompts x 8 responses (python aspo.py has 64 prompts: an hour more than there was). 4 to 64
   steps are mini-batches of 16 to 1 prompts at 2 epochs, so that an update costs the same; 1 is all prompts at 1 epoch.
 - Runs of a seed start from one warmed-up model, see the same problems and draw with the same random numbers.
 - Rates are powers of two times 1e-4. A number of steps has, for all losses, the largest at which GRPO's approx_kl, of
@@ -13,7 +14,10 @@ Written down before the runs:
   but from .03 on GRPO did not learn on that seed.) With one step the KL is 0: that point has the rate of 4.
 - With one step r is 1 and the losses are one: it is run with GRPO and shown for all.
 - Collapsed: held-out accuracy ends below its start, or more than .2 below its best.
+- A pretrained model has 20 rollouts of 8 prompts x 8, mini-batches of 1 at 1 epoch (8 steps) or 4 (32), a rate of 1e-5.
 - Means are over seeds, with half of their 95 % interval by Student's t; so are the differences to GRPO, by seed.
+
+Added when the runs were known: the line of all points above 1 together.
 """
 import argparse
 import contextlib
@@ -36,12 +40,21 @@ from conftest import aspo
 from eval import half_width
 
 POINTS = {1: (32, 1), 4: (16, 2), 8: (8, 2), 16: (4, 2), 32: (2, 2), 64: (1, 2)}  # steps: mini-batch, epochs
-SETTINGS = aspo.PRESETS["tiny"][1] | dict(steps=24, prompts=32, eval_every=8, save_every=0, micro_tokens=1024,
-                                          sample_rows=512)
+SETTINGS = aspo.PRESETS["tiny"][1] | dict(prompts=32, save_every=0, micro_tokens=1024, sample_rows=512)
+PRETRAINED = dict(data="sums", prompts=8, max_new_tokens=24, temperature=0.8, steps=20, eval_every=5, eval_problems=60,
+                  save_every=0)
 LOSSES = {"grpo": "#00798c", "aspo": "#d1495b", "no-is": "#8d8d8d"}  # and colours
 K, LAST, EQUAL = 16, 5, 0.4  # "at equal reward": when the mean of LAST rollouts first reaches EQUAL
 ACCURACY, ENTROPY = f"avg@{K}", f"entropy (nats), last {LAST} rollouts"
 KINDS = ("right by steps", "right, decorated", "wrong", "cut off", "repeats the question")
+
+
+def use(model: str | None) -> None:
+    """Of this process: not the tiny model but this one, and PRETRAINED. kind() cannot judge its steps."""
+    if model:
+        SETTINGS.clear()
+        SETTINGS.update(PRETRAINED, model=model)
+        POINTS.update({8: (1, 1), 32: (1, 4)})
 
 
 def update_metrics(stats, *args, usual=aspo.update_metrics):
@@ -74,6 +87,8 @@ def kind(s) -> str:
 
 def start_of(out: Path, seed: int) -> Path:
     """A seed's warmed-up model, made once."""
+    if "model" in SETTINGS:
+        return Path(SETTINGS["model"])
     folder, new = out / f"start-s{seed}", out / f"unfinished-s{seed}"
     if not folder.exists():
         cfg = aspo.Config(**SETTINGS, model="tiny", seed=seed)
@@ -127,6 +142,9 @@ def evaluate(checkpoint: Path, cfg) -> dict:
 
 def rate_of(out: Path, point: int) -> float:
     """By the rule of the docstring; the search starts at a guess."""
+    if "model" in SETTINGS:
+        return 1e-5
+
     def moves_too_far(rate):
         moved = [row["approx_kl"] for row in run(out, point, "grpo", 100, rate, 12)["rows"]]
         return None in moved or fmean(moved) >= 0.02  # None: every group of a rollout had equal rewards
@@ -205,6 +223,11 @@ def row(by_loss: dict, key: str, losses) -> list[str]:
             *(cell(column(by_loss, loss, key, "grpo"), "+") for loss in ("aspo", "no-is"))]
 
 
+def together(found: dict, loss: str, key: str, minus: str | None = None) -> list:
+    """As column(), of each seed the mean over all points above 1."""
+    return list(map(fmean, zip(*(column(found[point], loss, key, minus) for point in found if point > 1))))
+
+
 def markdown(head: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows))
 
@@ -218,6 +241,9 @@ def report(out: Path) -> None:
         fallen = [[seed for seed, x in by_seed.items() if collapsed(x)] for by_seed in by_loss.values()]
         rows.append([f"{point} ({rates[point]:g}; {len(by_loss['grpo'])})", *row(by_loss, ACCURACY, ["grpo"]),
                      *row(by_loss, ENTROPY, ["grpo"]), "; ".join(map(str, fallen))])
+    rows.append(["above 1 together", *(
+        cell(together(found, loss, key, minus), sign) for key in (ACCURACY, ENTROPY)
+        for loss, minus, sign in (("grpo", None, ""), ("aspo", "grpo", "+"), ("no-is", "grpo", "+"))), ""])
     print(markdown(["steps (rate; seeds)", *heads, "collapsed seeds"], rows))
     for point, by_loss in found.items():
         rows = [[key, *row(by_loss, key, LOSSES)] for key in measures(next(iter(by_loss["grpo"].values())))]
@@ -254,11 +280,11 @@ def read(out: Path, points: list[int]) -> None:
                 print(f"{name:<22}{problem} is {gold:>2}: {text!r}")
 
 
-def sweep(out: Path, seeds: int, points: list[int]) -> None:
+def sweep(out: Path, seeds: int, points: list[int], model: str | None) -> None:
     """A run per core, seed by seed, so that whatever is finished is a balanced set."""
     out.mkdir(parents=True, exist_ok=True)
     # Processes of their own: a fork of one that has used torch may hang.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(None, multiprocessing.get_context("spawn"), use, [model]) as pool:
         start_of(out, 100)
         several = sorted({max(4, point) for point in points})
         rates = dict(zip(several, pool.map(rate_of, [out] * len(several), several)))
@@ -275,11 +301,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("command", choices=("sweep", "table", "read"))
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--model", help="a folder")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--points", type=int, nargs="+", default=list(POINTS), choices=POINTS)
     args = parser.parse_args(argv)
     if args.command == "sweep":
-        sweep(args.out, args.seeds, args.points)
+        use(args.model)
+        sweep(args.out, args.seeds, args.points, args.model)
     if args.command == "read":
         read(args.out, args.points)
     else:

@@ -36,8 +36,6 @@ def chat(*texts):
     return [{"role": role, "content": text} for role, text in zip(("system", "user")[-len(texts):], texts)]
 
 
-# ----------------------------------------------------------------------------------------------------------- files
-
 BOM, SEPARATORS = b"\xef\xbb\xbf", "one\u2028two\u2029three\u0085four"
 ROWS = {  # a row, the problem and the answer in it
     "gsm8k": ({"question": "6 and 7?", "answer": "6+7=<<6+7=13>>13\n#### 13"}, "6 and 7?", "13"),
@@ -117,8 +115,6 @@ def test_a_bad_row_is_named_in_one_line(case, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------- the hub, splits
-
 def hub(monkeypatch, **splits):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: datasets.DatasetDict(
         {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}))
@@ -158,8 +154,6 @@ def test_built_in_problems():
         a, b = re.fullmatch(r"What is (\d+) \+ (\d+)\?", p["problem"]).groups()
         assert p["answer"] == str(int(a) + int(b))
 
-
-# ------------------------------------------------------------------------------------------------ models and prompts
 
 CHATML = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -251,8 +245,6 @@ def test_code_that_a_model_brings_is_not_run(model, tmp_path, capsys, monkeypatc
     error_of(capsys, *options(folder, put(tmp_path, VERL), tmp_path / "run"))
     assert not marker.exists()
 
-
-# --------------------------------------------------------------------------------------------------------- rewards
 
 REWARDS = """
 import pickle

@@ -61,8 +61,6 @@ def test_scores_by_hand():
     assert found["avg@4"]["value"] == pytest.approx(2.01 / 4) and found["pass@1"]["value"] == 1 / 2
 
 
-# ------------------------------------------------------------------ benchmarks
-
 ROWS = {  # made-up rows with the columns of the hub sets
     "gsm8k": ({"question": "Q", "answer": "We add.\n#### 1,234"}, "Q", "1,234"),
     "math500": ({"problem": "P", "solution": "s", "answer": r"\frac{1}{2}"}, "P", r"\frac{1}{2}"),
@@ -93,8 +91,6 @@ def test_bad_benches(name, words, monkeypatch):
     with pytest.raises(aspo.UserError, match=words):
         load_bench(name)
 
-
-# ------------------------------------------------------------------ the script
 
 def main(capsys, *arguments):
     """In this process: (status, what it printed, the error line)."""

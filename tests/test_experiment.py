@@ -5,7 +5,7 @@ import json
 import experiment
 import pytest
 import torch
-from conftest import aspo
+from conftest import aspo, make_model
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -43,6 +43,8 @@ def out(tmp_path):
         write(tmp_path, "aspo", seed, avg=b, entropy=0.2, heldout=[(0.6, 0.45), (0.6, 0.35), (0.4, 0.25)][seed])
         write(tmp_path, "no-is", seed)
         write(tmp_path, "grpo", seed, point=1, rate=8e-4)
+        for loss in experiment.LOSSES:
+            write(tmp_path, loss, seed, point=64, rate=1e-4)
     write(tmp_path, "grpo", 3)  # the others of this seed are not finished
     write(tmp_path, "grpo", 0, rate=8e-4, avg=0.0)  # a rate that was not chosen
     (tmp_path / "8-grpo-lr0.0004-s100-first12.json").write_text("{}")
@@ -52,10 +54,11 @@ def out(tmp_path):
 
 def test_tables_and_picture(out, capsys):
     experiment.main(["table", "--out", str(out)])
-    short, one, eight = capsys.readouterr().out.split(" optimiser steps per rollout")
+    short, one, eight, _ = capsys.readouterr().out.split(" optimiser steps per rollout")
     # .4 .5 .6 and the differences .1 0 .2: standard deviation .1, times 4.303 / sqrt(3).
     assert ("| 8 (0.0004; 3) | 0.500 ± 0.248 | +0.100 ± 0.248 | +0.000 ± 0.248 | 0.200 ± 0.000 | -0.100 ± 0.000 | "
             "+0.000 ± 0.000 | []; [1, 2]; [] |") in short
+    assert "| above 1 together | 0.500 ± 0.124 | +0.050 ± 0.124 |" in short  # half of those at 8, as at 64 all are .5
     assert "| avg@16 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 | +0.000" in one  # GRPO's runs, for all
     lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in eight.splitlines()}
     assert lines["| held-out accuracy, best"][1] == "0.533 ± 0.287"  # .6 .6 .4
@@ -107,6 +110,22 @@ def test_runs(tmp_path, short, monkeypatch):
     assert not any(path.is_dir() for path in tmp_path.glob("*-lr*"))
     monkeypatch.setattr(aspo, "train", None)
     assert experiment.run(tmp_path, 4, "aspo", 0, 3e-3) == other
+
+
+def test_a_pretrained_model(tmp_path, monkeypatch):
+    """It starts from its own weights, on sums, at its own rate, in as many optimiser steps as the point says."""
+    for name in ("SETTINGS", "POINTS"):
+        monkeypatch.setattr(experiment, name, {})
+    model = make_model(tmp_path / "model", "{{ messages[-1].content }}")
+    experiment.use(str(model))
+    monkeypatch.setattr(experiment, "SETTINGS", experiment.SETTINGS | dict(steps=1, max_new_tokens=190, eval_problems=2))
+    monkeypatch.setattr(aspo, "right_answer", lambda response, problem: 1.0 - len(response) % 2)
+    usual = experiment.update_metrics
+    monkeypatch.setattr(experiment, "update_metrics",
+                        lambda stats, norms, cfg: usual(stats, norms, cfg) | {"steps": len(norms), "rate": cfg.lr})
+    found = experiment.run(tmp_path, 8, "aspo", 0, experiment.rate_of(tmp_path, 8))
+    assert (found["rows"][0]["steps"], found["rows"][0]["rate"]) == (8, 1e-5)
+    assert found["responses"][0][0].startswith("What is ")
 
 
 def test_ratios_by_probability():

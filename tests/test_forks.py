@@ -194,10 +194,6 @@ def test_a_reward_that_runs_code(response, wanted, tmp_path):
     assert passes(response, {"answer": "assert f(2) == 4\nassert f(0) == 0"}) == wanted
 
 
-def test_a_run_with_it(fork):
-    fork("weight", "--loss", "sqrt", "--prompts", "2", "--group_size", "2", reward=f"{FORKS}/run_code.py:passes")
-
-
 def test_an_own_reward(fork):
     forked = fork("brief", reward=None)
     right = forked.open_reward(forked.Config(reward=f"{FORKS}/brief.py:brief"), None)

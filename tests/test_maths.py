@@ -212,8 +212,6 @@ def test_metrics_of_a_rollout_by_hand():
         "truncated": 0.25, "repetition": 0, "uniform_groups": 1, "tokens": 8})
 
 
-# ------------------------------------------------------------------------------------------------------- optimiser
-
 def test_the_learning_rate_warms_up_and_weight_decay_is_of_matrices(tiny):
     """lr .4 over 4 steps: .1, .2, .3, .4, .4. With a gradient that stays 1, Adam steps by exactly the learning rate."""
     policy = policy_of(*tiny, lr=0.4, lr_warmup=4, weight_decay=0.5, grad_clip=1e9)

@@ -207,8 +207,6 @@ def test_work_left_undone_is_no_answer_for_a_plain_number(work, number):
     assert not is_equal(work, number + r"\text{ cm}")
 
 
-# ---- extraction
-
 RESPONSES = [  # response, gold, whether it is right
     (r"\boxed{41}, no: \boxed{42}", "42", 1), (r"\boxed{41}, no: \boxed{42}", "41", 0), (r"\boxed{\boxed{5}}", "5", 1),
     (r"\boxed{\boxed{5}\text{ or }6}", "5", 0), (r"\fbox{6}", "6", 1), ("\\boxed\n{6}", "6", 1), (r"\boxed{6", "6", 0),
@@ -269,8 +267,6 @@ def test_readable(answer, readable):
     assert is_readable(answer) is readable
 
 
-# ---- laws
-
 polynomial = st.lists(st.integers(-9, 9), min_size=1, max_size=4)
 
 
@@ -298,8 +294,6 @@ def test_polynomials_expand(coefficients, root):
     expanded[0] += 1
     assert not is_equal(factored, write(expanded))
 
-
-# ---- safety
 
 HOSTILE = [
     "", " ", "\\", "{", "}" * 999, "{" * 5000, "(" * 5000, "(" * 190 + "1" + ")" * 190, r"\frac" * 120, "|" * 500,
@@ -358,8 +352,6 @@ def test_nothing_in_the_checker_could_run_text():
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported <= {"math", "operator", "random", "re", "threading", "unicodedata"}
 
-
-# ---- shared examples
 
 def verdicts(path) -> list:
     """(row, whether the verdict is the label) of each."""

@@ -95,8 +95,6 @@ def test_the_reference_model_is_the_initial_one_and_only_there_for_the_kl(tmp_pa
     assert reference.equal(again) and not trained.equal(again)
 
 
-# ------------------------------------------------------------------------------------------------ settings and flags
-
 def test_presets_and_flags():
     cfg = aspo.parse(["--model", "qwen-0.5b"])
     assert cfg.data == "gsm8k" and cfg.gradient_checkpointing
@@ -140,8 +138,6 @@ def test_help_lists_every_knob_with_what_it_does():
     assert len(KNOBS) > 35 and all(f"--{name} " in text for name in KNOBS)
     assert all(name in text for name in aspo.WEIGHTS) and "AdamW learning rate" in text
 
-
-# ------------------------------------------------------------------------------------------------ from one's own code
 
 def test_train_is_a_function_that_returns_the_last_metrics(tmp_path):
     """Errors are exceptions, and a run goes on from it."""
@@ -223,8 +219,6 @@ assert torch.get_default_dtype() == torch.float32 and "datasets" not in sys.modu
     process = run(script=script)
     assert not process.out and not process.err and list(tmp_path.iterdir()) == [script]
 
-
-# ------------------------------------------------------------------------------------------------------- bad input
 
 BAD = {
     "unknown loss": (["--loss", "ppo"], "choose from"),
