@@ -54,6 +54,7 @@ def use(model: str | None) -> None:
     if model:
         SETTINGS.clear()
         SETTINGS.update(PRETRAINED, model=model)
+        POINTS.clear()
         POINTS.update({8: (1, 1), 32: (1, 4)})
 
 
@@ -301,13 +302,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("command", choices=("sweep", "table", "read"))
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
-    parser.add_argument("--model", help="a folder")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--model", help="a folder, trained on sums at 8 or 32 steps")
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--points", type=int, nargs="+", default=list(POINTS), choices=POINTS)
     args = parser.parse_args(argv)
     if args.command == "sweep":
         use(args.model)
-        sweep(args.out, args.seeds, args.points, args.model)
+        sweep(args.out, args.seeds, sorted(POINTS.keys() & args.points), args.model)
     if args.command == "read":
         read(args.out, args.points)
     else:

@@ -115,7 +115,7 @@ def test_runs(tmp_path, short, monkeypatch):
 def test_a_pretrained_model(tmp_path, monkeypatch):
     """It starts from its own weights, on sums, at its own rate, in as many optimiser steps as the point says."""
     for name in ("SETTINGS", "POINTS"):
-        monkeypatch.setattr(experiment, name, {})
+        monkeypatch.setattr(experiment, name, dict(getattr(experiment, name)))
     model = make_model(tmp_path / "model", "{{ messages[-1].content }}")
     experiment.use(str(model))
     monkeypatch.setattr(experiment, "SETTINGS", experiment.SETTINGS | dict(steps=1, max_new_tokens=190, eval_problems=2))
@@ -125,7 +125,7 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
                         lambda stats, norms, cfg: usual(stats, norms, cfg) | {"steps": len(norms), "rate": cfg.lr})
     found = experiment.run(tmp_path, 8, "aspo", 0, experiment.rate_of(tmp_path, 8))
     assert (found["rows"][0]["steps"], found["rows"][0]["rate"]) == (8, 1e-5)
-    assert found["responses"][0][0].startswith("What is ")
+    assert found["responses"][0][0].startswith("What is ") and list(experiment.POINTS) == [8, 32]
 
 
 def test_ratios_by_probability():
