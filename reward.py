@@ -113,7 +113,7 @@ MEANINGLESS = ("left|right|middle|[bB]igg?[lr]?|displaystyle|boxed|bf|mathbf|bol
 SCALES = pairs("hundred e2 thousand e3 million e6 billion e9 trillion e12")
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
     (rf"\\(?:{MEANINGLESS})(?![a-zA-Z])|\\!|\\(?:text)?color ?\{{\w+\}}", ""),
-    (r"(?<!\\)(?:\$|\\[,;:> ()\[\]]|\\q?quad(?![a-z])|\b~)", " "),  # spaces and $
+    (r"(?<!\\)(?: |\$|\\[,;:> ()\[\]]|\\q?quad(?![a-z])|\b~)+", " "),  # spaces and $
     (r"\.\.\.|\\[lc]?dots(?![a-z])", r"\\dots "),
     (r"\{([^{}]*?) ?\\over(?![a-z]) ?([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"^ *([-+]?)(?:\\\$|USD) *(.*)", r'\1\2 "dollar'),  # \$5 is 5 dollars

@@ -120,9 +120,8 @@ def test_a_pretrained_model(tmp_path, monkeypatch):
     experiment.use(str(model))
     monkeypatch.setattr(experiment, "SETTINGS", experiment.SETTINGS | dict(steps=1, max_new_tokens=190, eval_problems=2))
     monkeypatch.setattr(aspo, "right_answer", lambda response, problem: 1.0 - len(response) % 2)
-    usual = experiment.update_metrics
-    monkeypatch.setattr(experiment, "update_metrics",
-                        lambda stats, norms, cfg: usual(stats, norms, cfg) | {"steps": len(norms), "rate": cfg.lr})
+    monkeypatch.setattr(experiment, "update_metrics", lambda stats, norms, cfg, usual=experiment.update_metrics:
+                        usual(stats, norms, cfg) | {"steps": len(norms), "rate": cfg.lr})
     found = experiment.run(tmp_path, 8, "aspo", 0, experiment.rate_of(tmp_path, 8))
     assert (found["rows"][0]["steps"], found["rows"][0]["rate"]) == (8, 1e-5)
     assert found["responses"][0][0].startswith("What is ") and list(experiment.POINTS) == [8, 32]
